@@ -1,0 +1,67 @@
+# make demo            set up .venv and run the whole path on synthetic CT (CT="FILE FOLDER" for real scans)
+# make test            set up .venv and pass every check
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+CT ?=
+OUT ?= .demo
+CPP := $(wildcard csrc/*.cpp csrc/*.hpp csrc/include/tapct/*.hpp csrc/gpu/*.cpp csrc/gpu/*.cu tests/native/*.cpp)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test setup dev lint types contracts native pytest format clean
+
+demo: setup
+	$(BIN)/tapct-fast demo --out $(OUT) $(if $(CT),--ct $(CT))
+
+# Cheap checks first; each is a target of its own.
+test: lint types contracts native pytest
+
+# What a build without isolation needs comes first, then the package itself, editable.
+$(VENV)/.setup: pyproject.toml constraints.txt CMakeLists.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "tapct_fast needs Python 3.11 or newer: make PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt torch triton numpy blosc2 pybind11 scikit-build-core cmake ninja
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[demo]'
+	touch $@
+
+# Sources newer than the built extension rebuild it; scikit-build-core keeps the build folder.
+$(VENV)/.native: $(VENV)/.setup $(CPP)
+	$(BIN)/python -m pip install -q --no-deps --no-build-isolation -e .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.setup
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation '.[dev]' --dry-run > /dev/null
+	$(BIN)/python -c 'import tomllib; print("\n".join(d for d in tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["dev"] if not d.startswith("tapct-fast")))' > $(VENV)/dev.txt
+	$(BIN)/python -m pip install -q -c constraints.txt -r $(VENV)/dev.txt
+	touch $@
+
+setup: $(VENV)/.native
+dev: $(VENV)/.dev $(VENV)/.native
+
+lint: dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
+
+types: dev
+	$(BIN)/mypy
+	$(BIN)/python -m mypy.stubtest tapct_fast._native
+
+contracts: dev
+	$(BIN)/lint-imports
+
+native: dev
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/native -G Ninja -DTAPCT_BUILD_TESTS=ON -DTAPCT_WERROR=ON -DTAPCT_CUDA=OFF -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python
+	$(BIN)/cmake --build build/native
+	$(BIN)/ctest --test-dir build/native --output-on-failure
+
+pytest: dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+format: dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+clean:
+	rm -rf build $(VENV) .demo

@@ -1,0 +1,9 @@
+"""Operations in which a 3D CT vision transformer differs from what PyTorch already does well.
+
+One file per op: formula, eager definition, Triton kernels, registration, fake, autograd.
+"""
+
+from tapct_kernels.masked_gather import masked_gather, masked_gather_ref
+from tapct_kernels.patch_embed import patch_embed, patch_embed_ref
+
+__all__ = ["masked_gather", "masked_gather_ref", "patch_embed", "patch_embed_ref"]

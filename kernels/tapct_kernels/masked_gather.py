@@ -1,0 +1,236 @@
+"""Gather listed patch tokens into a dense buffer of constant size, LayerNorm fused in.
+
+    row[m] = (x[i] - mean(x[i])) / sqrt(var(x[i]) + eps) * weight + bias,   i = index[m]
+
+index counts patch tokens only, flat over views: n * L + l addresses x[n, R + l].
+Shape suffixes: N views, R prefix rows, L patch tokens, T = R + L, D width, M listed tokens,
+S partial sums.
+Statistics and gradients are float32 (float64 for float64 tokens); rows have x's dtype.
+Each token is listed at most once: the backward stores rows where an addition would need atomics or
+a sort, so it is deterministic.
+Source: LayerNorm, arXiv:1607.06450; the constant number of listed tokens, DINOv3, arXiv:2508.10104.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+def _check(
+    x_NTD: Tensor, index_M: Tensor, weight_D: Tensor, bias_D: Tensor, num_prefix: int
+) -> None:
+    if x_NTD.ndim != 3 or any(t.shape != x_NTD.shape[-1:] for t in (weight_D, bias_D)):
+        shapes = [tuple(t.shape) for t in (x_NTD, weight_D, bias_D)]
+        raise ValueError(f"masked_gather: x, weight and bias have shapes {shapes}")
+    if index_M.ndim != 1 or index_M.dtype != torch.int64:
+        kind = f"{index_M.dtype} of {index_M.ndim} dimensions"
+        raise ValueError(f"masked_gather: index is {kind}, not int64 of 1")
+    if not 0 <= num_prefix < x_NTD.shape[1]:
+        rows = x_NTD.shape[1]
+        raise ValueError(f"masked_gather: num_prefix={num_prefix} leaves no patch of {rows} rows")
+
+
+def _listed_rows(x_NTD: Tensor, index_M: Tensor, num_prefix: int) -> tuple[Tensor, Tensor]:
+    """Return the flat row numbers and the rows in the sum dtype."""
+    T = x_NTD.shape[1]
+    L = T - num_prefix
+    row_M = index_M // L * T + num_prefix + index_M % L
+    x_MD = x_NTD.reshape(-1, x_NTD.shape[2]).index_select(0, row_M)
+    return row_M, x_MD.to(torch.promote_types(x_NTD.dtype, torch.float32))
+
+
+def masked_gather_ref(
+    x_NTD: Tensor, index_M: Tensor, weight_D: Tensor, bias_D: Tensor, num_prefix: int, eps: float
+) -> Tensor:
+    """Eager definition; tests hold the kernel to it and benches compare with it."""
+    _, x_MD = _listed_rows(x_NTD, index_M, num_prefix)
+    weight_D, bias_D = weight_D.to(x_MD.dtype), bias_D.to(x_MD.dtype)
+    return F.layer_norm(x_MD, weight_D.shape, weight_D, bias_D, eps).to(x_NTD.dtype)
+
+
+@triton.jit
+def _forward_kernel(
+    x_ptr, index_ptr, weight_ptr, bias_ptr, out_ptr,
+    M, L, D, R, eps, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    d = tl.arange(0, BLOCK_D)[None, :]
+    inside = (m < M) & (d < D)
+    i = tl.load(index_ptr + m, mask=m < M, other=0)
+    row = i // L * (R + L) + R + i % L
+    x = tl.load(x_ptr + row * D + d, mask=inside, other=0.0).to(tl.float32)
+    centred = tl.where(d < D, x - tl.sum(x, axis=1)[:, None] / D, 0.0)
+    rstd = tl.rsqrt(tl.sum(centred * centred, axis=1)[:, None] / D + eps)
+    weight = tl.load(weight_ptr + d, mask=d < D, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + d, mask=d < D, other=0.0).to(tl.float32)
+    out = centred * rstd * weight + bias
+    tl.store(out_ptr + m * D + d, out.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _backward_kernel(
+    grad_ptr, x_ptr, index_ptr, weight_ptr, grad_x_ptr, weight_SD_ptr, bias_SD_ptr,
+    M, L, D, R, eps, num_tiles, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    split = tl.program_id(0)
+    d = tl.arange(0, BLOCK_D)[None, :]
+    weight = tl.load(weight_ptr + d, mask=d < D, other=0.0).to(tl.float32)
+    weight_sum = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    bias_sum = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    for tile in range(split, num_tiles, tl.num_programs(0)):
+        m = tile * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)[:, None]
+        inside = (m < M) & (d < D)
+        i = tl.load(index_ptr + m, mask=m < M, other=0)
+        row = i // L * (R + L) + R + i % L
+        x = tl.load(x_ptr + row * D + d, mask=inside, other=0.0).to(tl.float32)
+        g = tl.load(grad_ptr + m * D + d, mask=inside, other=0.0).to(tl.float32)
+        # The statistics are recomputed: the row is read anyway, and nothing has to be saved.
+        centred = tl.where(d < D, x - tl.sum(x, axis=1)[:, None] / D, 0.0)
+        rstd = tl.rsqrt(tl.sum(centred * centred, axis=1)[:, None] / D + eps)
+        normed = centred * rstd
+        scaled = g * weight
+        mean = tl.sum(scaled, axis=1)[:, None] / D
+        along = tl.sum(scaled * normed, axis=1)[:, None] / D
+        grad_x = (scaled - mean - normed * along) * rstd
+        tl.store(grad_x_ptr + row * D + d, grad_x.to(grad_x_ptr.dtype.element_ty), mask=inside)
+        weight_sum += g * normed
+        bias_sum += g
+    at = split * D + d
+    tl.store(weight_SD_ptr + at, tl.sum(weight_sum, axis=0)[None, :], mask=d < D)
+    tl.store(bias_SD_ptr + at, tl.sum(bias_sum, axis=0)[None, :], mask=d < D)
+
+
+def _forward_triton(
+    x_NTD: Tensor, index_M: Tensor, weight_D: Tensor, bias_D: Tensor, num_prefix: int, eps: float
+) -> Tensor:
+    _check(x_NTD, index_M, weight_D, bias_D, num_prefix)
+    if x_NTD.dtype == torch.float64:  # for verification only: the kernels sum in float32
+        return masked_gather_ref(x_NTD, index_M, weight_D, bias_D, num_prefix, eps)
+    (M,), (_, T, D) = index_M.shape, x_NTD.shape
+    out_MD = x_NTD.new_empty(M, D)
+    if M == 0:
+        return out_MD
+    block_M, block_D = 4, triton.next_power_of_2(D)  # 4 rows: several 16-byte loads in flight
+    _forward_kernel[(triton.cdiv(M, block_M),)](
+        *(x_NTD.contiguous(), index_M.contiguous(), weight_D.contiguous(), bias_D.contiguous()),
+        *(out_MD, M, T - num_prefix, D, num_prefix, eps),
+        BLOCK_M=block_M,
+        BLOCK_D=block_D,
+        num_warps=4,
+    )
+    return out_MD
+
+
+def _backward_triton(
+    grad_MD: Tensor, x_NTD: Tensor, index_M: Tensor, weight_D: Tensor, num_prefix: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    if x_NTD.dtype == torch.float64:  # as in the forward
+        return _backward_ref(grad_MD, x_NTD, index_M, weight_D, num_prefix, eps)
+    (M,), (_, T, D) = index_M.shape, x_NTD.shape
+    block_M, block_D = 4, triton.next_power_of_2(D)
+    num_tiles = triton.cdiv(M, block_M)
+    splits = max(1, min(num_tiles, 256))  # two programs per multiprocessor of an H200
+    grad_x_NTD = torch.zeros_like(x_NTD, memory_format=torch.contiguous_format)
+    weight_SD = x_NTD.new_empty(splits, D, dtype=torch.float32)
+    bias_SD = torch.empty_like(weight_SD)
+    _backward_kernel[(splits,)](
+        *(grad_MD.contiguous(), x_NTD.contiguous(), index_M.contiguous(), weight_D.contiguous()),
+        *(grad_x_NTD, weight_SD, bias_SD, M, T - num_prefix, D, num_prefix, eps, num_tiles),
+        BLOCK_M=block_M,
+        BLOCK_D=block_D,
+        num_warps=4,
+    )
+    return grad_x_NTD, weight_SD.sum(0), bias_SD.sum(0)
+
+
+@torch.library.custom_op("tapct::masked_gather", mutates_args=())
+def masked_gather(
+    x_NTD: Tensor, index_M: Tensor, weight_D: Tensor, bias_D: Tensor, num_prefix: int, eps: float
+) -> Tensor:
+    """Return the LayerNorm of the listed patch tokens; Triton on CUDA, eager elsewhere.
+
+    Args:
+        x_NTD: Tokens before the final norm, ``num_prefix`` rows (cls, registers) first.
+        index_M: int64, flat into N * L patch tokens, each at most once.
+        weight_D: LayerNorm weight.
+        bias_D: LayerNorm bias.
+        num_prefix: Rows of ``x_NTD`` in front of the patches.
+        eps: Added to the variance.
+
+    Returns:
+        rows_MD in the order of ``index_M``.
+
+    Raises:
+        ValueError: A shape or dtype does not fit the others.
+    """
+    _check(x_NTD, index_M, weight_D, bias_D, num_prefix)
+    return masked_gather_ref(x_NTD, index_M, weight_D, bias_D, num_prefix, eps)
+
+
+masked_gather.register_kernel("cuda")(_forward_triton)
+
+
+@masked_gather.register_fake
+def _(
+    x_NTD: Tensor, index_M: Tensor, weight_D: Tensor, bias_D: Tensor, num_prefix: int, eps: float
+) -> Tensor:
+    _check(x_NTD, index_M, weight_D, bias_D, num_prefix)
+    return x_NTD.new_empty(index_M.shape[0], x_NTD.shape[2])
+
+
+def _backward_ref(
+    grad_MD: Tensor, x_NTD: Tensor, index_M: Tensor, weight_D: Tensor, num_prefix: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    row_M, x_MD = _listed_rows(x_NTD, index_M, num_prefix)
+    centred_MD = x_MD - x_MD.mean(1, keepdim=True)
+    rstd_M1 = (centred_MD.square().mean(1, keepdim=True) + eps).rsqrt()
+    normed_MD = centred_MD * rstd_M1
+    grad_MD = grad_MD.to(x_MD.dtype)
+    scaled_MD = grad_MD * weight_D.to(x_MD.dtype)
+    along_M1 = (scaled_MD * normed_MD).mean(1, keepdim=True)
+    grad_x_MD = (scaled_MD - scaled_MD.mean(1, keepdim=True) - normed_MD * along_M1) * rstd_M1
+    grad_x_NTD = torch.zeros_like(x_NTD, memory_format=torch.contiguous_format)
+    grad_x_NTD.flatten(0, 1).index_copy_(0, row_M, grad_x_MD.to(x_NTD.dtype))
+    return grad_x_NTD, (grad_MD * normed_MD).sum(0), grad_MD.sum(0)
+
+
+@torch.library.custom_op("tapct::masked_gather_backward", mutates_args=())
+def masked_gather_backward(
+    grad_MD: Tensor, x_NTD: Tensor, index_M: Tensor, weight_D: Tensor, num_prefix: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of x_NTD in its dtype and of weight_D and bias_D in the sum dtype."""
+    return _backward_ref(grad_MD, x_NTD, index_M, weight_D, num_prefix, eps)
+
+
+masked_gather_backward.register_kernel("cuda")(_backward_triton)
+
+
+@masked_gather_backward.register_fake
+def _(
+    grad_MD: Tensor, x_NTD: Tensor, index_M: Tensor, weight_D: Tensor, num_prefix: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    sum_dtype = torch.promote_types(x_NTD.dtype, torch.float32)
+    weight_like_D = weight_D.new_empty(weight_D.shape, dtype=sum_dtype)
+    grad_x_NTD = torch.empty_like(x_NTD, memory_format=torch.contiguous_format)
+    return grad_x_NTD, weight_like_D, torch.empty_like(weight_like_D)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x_NTD, index_M, weight_D, bias_D, num_prefix, eps = inputs
+    ctx.save_for_backward(x_NTD, index_M, weight_D)
+    ctx.num_prefix, ctx.eps, ctx.bias_dtype = num_prefix, eps, bias_D.dtype
+
+
+def _backward(ctx: Any, grad_MD: Tensor) -> tuple[Tensor | None, ...]:
+    x_NTD, index_M, weight_D = ctx.saved_tensors
+    grad_x_NTD, weight, bias = masked_gather_backward(
+        grad_MD, x_NTD, index_M, weight_D, ctx.num_prefix, ctx.eps
+    )
+    return grad_x_NTD, None, weight.to(weight_D.dtype), bias.to(ctx.bias_dtype), None, None
+
+
+masked_gather.register_autograd(_backward, setup_context=_save_for_backward)

@@ -1,0 +1,1 @@
+"""A trained backbone: weights, preprocessing and outputs, without training code."""

@@ -1,0 +1,139 @@
+"""Write a backbone as a folder: ``model.safetensors``, ``config.json``, ``preprocessor.json``."""
+
+import hashlib
+import math
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as tensor_bytes
+from torch import Tensor
+
+from tapct_fast.backbone.architecture import PREFIX, check_state
+from tapct_fast.backbone.backbone import Backbone
+from tapct_fast.backbone.load import WEIGHTS_FILE
+from tapct_fast.backbone.preprocess import Preprocess
+from tapct_fast.backbone.schema import (
+    CONFIG_FILE,
+    PREPROCESSOR_FILE,
+    config_json,
+    preprocess_json,
+)
+from tapct_fast.config import Config, VitConfig, from_json
+from tapct_fast.errors import CheckpointError, ConfigError, FormatError, InputError
+from tapct_fast.io.atomic import atomic_folder, read_json
+
+# What train/checkpoint.py writes; this layer does not import it.
+_CHECKPOINT = ("tapct-checkpoint", 1)
+_STEP_FOLDER = re.compile(r"step-\d{8,}")  # others were set aside as damaged
+_BACKBONE_PREFIX = "backbone."
+
+
+def export_backbone(
+    checkpoint_dir: Path, out: Path, *, which: Literal["teacher", "student"] = "teacher"
+) -> Path:
+    """Write the backbone of a training checkpoint; the heads stay behind.
+
+    Args:
+        checkpoint_dir: A run folder, whose newest intact checkpoint is taken (a warning says if
+            that is not the newest), or one checkpoint folder.
+        out: New folder, or one that holds a backbone and nothing else: it is replaced in one step.
+        which: The EMA teacher, which evaluates better, or the student.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        InputError: There is no checkpoint, or ``out`` holds other files.
+        CheckpointError: The checkpoint is damaged.
+    """
+    named, config = _read_checkpoint(checkpoint_dir, which)
+    image_zyx, patch_zyx = config.vit.image_zyx, config.vit.patch_zyx
+    preprocess = Preprocess(
+        resize_yx=image_zyx[1:],
+        antialias=True,  # as the training views
+        depth_multiple=patch_zyx[0],
+        plane_multiple=math.lcm(*patch_zyx[1:]),
+        hu=config.hu,
+    )
+    return _write(named, config.vit, preprocess, out)
+
+
+def save_backbone(backbone: Backbone, out: Path) -> Path:
+    """Write a loaded backbone; ``load_backbone(out)`` gives the same outputs.
+
+    Raises:
+        InputError: ``out`` holds other files.
+    """
+    return _write(backbone.vit.state_dict(), backbone.vit.config, backbone.preprocess, out)
+
+
+def _write(
+    named: Mapping[str, Tensor], config: VitConfig, preprocess: Preprocess, out: Path
+) -> Path:
+    ours = {WEIGHTS_FILE, CONFIG_FILE, PREPROCESSOR_FILE}
+    if out.exists() and (not out.is_dir() or {p.name for p in out.iterdir()} - ours):
+        raise InputError("OUT exists and holds other files; name a new folder")
+    state = check_state(config, named)
+    tensors = {PREFIX + name: tensor.cpu().contiguous() for name, tensor in state.items()}
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_folder(out) as folder:
+            (folder / WEIGHTS_FILE).write_bytes(tensor_bytes(tensors, {"format": "pt"}))
+            (folder / CONFIG_FILE).write_bytes(config_json(config))
+            (folder / PREPROCESSOR_FILE).write_bytes(preprocess_json(preprocess))
+    except OSError as error:
+        raise InputError(f"OUT cannot be written: {error.strerror}") from None
+    return out
+
+
+def _read_checkpoint(directory: Path, which: str) -> tuple[dict[str, Tensor], Config]:
+    if (directory / "manifest.json").is_file():
+        return _read_step(directory, which)
+    folders = (directory / "checkpoints").glob("step-*")
+    steps = sorted((p for p in folders if _STEP_FOLDER.fullmatch(p.name)), reverse=True)
+    if not steps:
+        raise InputError("RUN holds no checkpoint; train first, or wait for the first one")
+    failures: list[str] = []
+    for step in steps:
+        try:
+            found = _read_step(step, which)
+        except CheckpointError as error:
+            failures.append(f"{step.name}: {error}")
+            continue
+        if failures:
+            warnings.warn(f"exported {step.name}; {'; '.join(failures)}", stacklevel=3)
+        return found
+    raise CheckpointError(f"no checkpoint is intact; {failures[0]}")
+
+
+def _read_step(step: Path, which: str) -> tuple[dict[str, Tensor], Config]:
+    """Read one checkpoint; the bytes that are hashed are the bytes that are parsed."""
+    try:
+        manifest = read_json(step / "manifest.json", "manifest")
+        if (manifest["format"], manifest["version"]) != _CHECKPOINT:
+            raise FormatError("manifest", "written by another version; export with that version")
+        files = manifest["files"]
+        config = from_json(Config, _verified(step, files, "config.json").decode())
+        tensors = load_tensors(_verified(step, files, f"{which}.safetensors"))
+    except (FormatError, ConfigError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"damaged: {str(error).splitlines()[0]}") from None
+    return {
+        name.removeprefix(_BACKBONE_PREFIX): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(_BACKBONE_PREFIX)
+    }, config
+
+
+def _verified(step: Path, files: Any, name: str) -> bytes:
+    try:
+        data = (step / name).read_bytes()
+    except OSError as error:
+        raise FormatError(name, str(error.strerror)) from None
+    if hashlib.sha256(data).hexdigest() != files[name]["sha256"]:
+        raise FormatError(name, "its sha256 is not that of the manifest")
+    return data

@@ -1,0 +1,151 @@
+"""Load a backbone from a folder, a lone ``model.safetensors`` or a hub id; never a pickle."""
+
+import math
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tapct_fast.backbone.architecture import canonical_names, check_state, read_architecture
+from tapct_fast.backbone.backbone import Backbone
+from tapct_fast.backbone.preprocess import Preprocess
+from tapct_fast.backbone.schema import (
+    CONFIG_FILE,
+    PREPROCESSOR_FILE,
+    read_config,
+    read_preprocess,
+)
+from tapct_fast.config import VitConfig
+from tapct_fast.errors import BackboneError, ConfigError, InputError
+from tapct_fast.model.vit import Vit
+
+WEIGHTS_FILE = "model.safetensors"
+_PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+class _Files(NamedTuple):
+    weights: Path
+    config: Path | None
+    preprocessor: Path | None
+
+
+def load_backbone(
+    path_or_repo: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+) -> Backbone:
+    """Load a backbone, strictly, ready for inference.
+
+    Args:
+        path_or_repo: A folder with ``model.safetensors`` (and ``config.json``,
+            ``preprocessor.json``); such a file itself, whose neighbours count if it has that name;
+            or a hub id ``owner/name``. Without a config the architecture is read off the tensors.
+        device: Where the weights go.
+        dtype: Precision of the matrix products; None takes bfloat16 on a GPU that has it, else
+            float32.
+
+    Raises:
+        InputError: Nothing is there, or the device does not exist.
+        BackboneError: The weights or their config are damaged or fit no known architecture.
+    """
+    place = _device(device)
+    files = _find(path_or_repo)
+    named = canonical_names(_read_tensors(files.weights))
+    stated = read_config(files.config) if files.config else None
+    config = stated if isinstance(stated, VitConfig) else read_architecture(named, stated)
+    state = check_state(config, named)
+    preprocess = (
+        read_preprocess(files.preprocessor) if files.preprocessor else default_preprocess(config)
+    )
+    with torch.device("meta"):  # no time for initial values that are replaced at once
+        vit = Vit(config, preprocess.hu)
+    vit.load_state_dict(state, assign=True)
+    if dtype is None:
+        has_bf16 = place.type == "cuda" and torch.cuda.is_bf16_supported()
+        dtype = torch.bfloat16 if has_bf16 else torch.float32
+    return Backbone(vit, preprocess, dtype=dtype).to(place).eval()
+
+
+def default_preprocess(config: VitConfig) -> Preprocess:
+    """Return the released processor's steps, with the plane and multiples of an architecture."""
+    pz, py, px = config.patch_zyx
+    try:
+        return Preprocess(
+            resize_yx=config.image_zyx[1:], depth_multiple=pz, plane_multiple=math.lcm(py, px)
+        )
+    except ConfigError as error:
+        raise BackboneError(str(error)) from None
+
+
+def _device(device: str | torch.device) -> torch.device:
+    try:
+        place = torch.device(device)
+    except RuntimeError:
+        raise InputError(f"device {str(device)!r} is unknown; give cpu, cuda or cuda:0") from None
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise InputError("device cuda: PyTorch sees no GPU here; see tapct-fast doctor")
+    return place
+
+
+def _find(path_or_repo: str | Path) -> _Files:
+    path = Path(path_or_repo)
+    if path.is_file():
+        if path.suffix != ".safetensors":
+            what = "a pickle, which can run code" if path.suffix in _PICKLES else "unknown"
+            raise BackboneError(f"a {path.suffix or 'nameless'} file is {what}; give .safetensors")
+        return _neighbours(path) if path.name == WEIGHTS_FILE else _Files(path, None, None)
+    if path.is_dir():
+        weights = path / WEIGHTS_FILE
+        if weights.is_file():
+            return _neighbours(weights)
+        if (path / "checkpoints").is_dir() or (path / "manifest.json").is_file():
+            raise InputError("BACKBONE is a training run; make a backbone of it: tapct-fast export")
+        raise InputError(f"the backbone folder holds no {WEIGHTS_FILE}")
+    if isinstance(path_or_repo, str) and _HUB_ID.fullmatch(path_or_repo):
+        return _neighbours(_download(path_or_repo) / WEIGHTS_FILE)
+    raise InputError(
+        "the backbone is neither a folder, a .safetensors file nor a hub id owner/name"
+    )
+
+
+def _neighbours(weights: Path) -> _Files:
+    config, preprocessor = (weights.parent / name for name in (CONFIG_FILE, PREPROCESSOR_FILE))
+    return _Files(
+        weights,
+        config if config.is_file() else None,
+        preprocessor if preprocessor.is_file() else None,
+    )
+
+
+def _download(repo: str) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError
+    except ImportError:
+        raise InputError(
+            "no such folder or file; to read it as a hub id: pip install 'tapct-fast[hf]'"
+        ) from None
+    names = [WEIGHTS_FILE, CONFIG_FILE, PREPROCESSOR_FILE]
+    try:
+        # Only these names: a repository's code is never fetched. The hub library compares sizes.
+        folder = Path(snapshot_download(repo, allow_patterns=names))
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"no such folder or file, and the hub has no {repo!r}: {reason}") from None
+    if not (folder / WEIGHTS_FILE).is_file():
+        raise BackboneError(f"the hub repository {repo!r} holds no {WEIGHTS_FILE}")
+    return folder
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)  # checks that header, offsets and file size agree
+    except SafetensorError as error:
+        reason = str(error).splitlines()[0]
+        raise BackboneError(f"{path.name} is damaged: {reason}; copy it again") from None

@@ -1,0 +1,318 @@
+"""The command line: one verb per stage of the path.
+
+Exit codes: 0 done, 2 a wrong argument or setting, 65 data that cannot be used, 70 training stopped,
+130 interrupted. Errors are one line on stderr; inputs are named by position, never by path.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from tapct_fast import __version__, recipes
+from tapct_fast.errors import ConfigError, InputError, TapctError
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line with the way out."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def _existing(paths: Sequence[Path], name: str) -> list[Path]:
+    for number, path in enumerate(paths, start=1):
+        if not path.exists():
+            where = f"{name} {number} of {len(paths)}" if len(paths) > 1 else name
+            raise InputError(f"{where} does not exist; check the path")
+    return list(paths)
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from tapct_fast.demo import run_demo
+
+    report = run_demo(args.out, _existing(args.ct, "--ct"), seed=args.seed, print_line=print)
+    print(f"report: {report}")
+    return 0
+
+
+def _pack(args: argparse.Namespace) -> int:
+    from tapct_fast.io.store import pack
+
+    report = pack(
+        _existing(args.src, "SRC"),
+        args.dst,
+        codec=args.codec,
+        check_hu=args.check_hu,
+        progress=True,
+    )
+    print(
+        f"packed {report.packed}, already there {report.skipped}, quarantined {report.quarantined}"
+    )
+    if report.quarantined:
+        print("reasons: DST/quarantine.jsonl; the input behind one: tapct-fast locate DST CASE SRC")
+    return 0 if report.packed + report.skipped else 65
+
+
+def _locate(args: argparse.Namespace) -> int:
+    from tapct_fast.io.store import locate
+
+    print(locate(args.store, args.case, _existing(args.src, "SRC")))
+    return 0
+
+
+def _overrides(rest: Sequence[str]) -> dict[str, str]:
+    values: dict[str, str] = {}
+    words = list(rest)
+    while words:
+        name, equals, value = words.pop(0).partition("=")
+        if not name.startswith("--"):
+            raise ConfigError(f"unexpected argument {name!r}; settings are --group.name VALUE")
+        if not equals:
+            if not words:
+                raise ConfigError(f"{name} has no value; settings are --group.name VALUE")
+            value = words.pop(0)
+        values[name[2:].replace("-", "_")] = value
+    return values
+
+
+def _train(args: argparse.Namespace) -> int:
+    config = recipes.override(recipes.recipe(args.recipe), _overrides(args.settings))
+    _existing([args.store], "STORE")
+    from tapct_fast.train.loop import train
+
+    train(config, args.store, args.out, resume=args.resume, device=args.device, progress=True)
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    from tapct_fast.backbone.export import export_backbone
+
+    _existing([args.run_dir], "RUN")
+    export_backbone(args.run_dir, args.out, which=args.which)
+    print("exported: model.safetensors, config.json and preprocessor.json in OUT")
+    return 0
+
+
+def _embed(args: argparse.Namespace) -> int:
+    scans = _existing(args.scan, "SCAN")
+    from tapct_fast.backbone.load import load_backbone
+    from tapct_fast.downstream.embed import embed_scans
+
+    backbone = load_backbone(args.backbone, device=args.device)
+    report = embed_scans(
+        backbone,
+        scans,
+        args.out,
+        overlap=args.overlap,
+        batch_size=args.batch_size,
+        check_hu=args.check_hu,
+        progress=True,
+    )
+    print(
+        f"embedded {report.embedded}, already there {report.skipped}, "
+        f"quarantined {report.quarantined}"
+    )
+    return 0 if report.embedded + report.skipped else 65
+
+
+def _probe(args: argparse.Namespace) -> int:
+    labels = _existing(args.labels, "--labels")
+    _existing([args.features], "FEATURES")
+    from tapct_fast.downstream.probe import probe_folder
+
+    print(probe_folder(args.features, labels, folds=args.folds, seed=args.seed))
+    return 0
+
+
+def _doctor(_: argparse.Namespace) -> int:
+    from tapct_fast.doctor import examine, render
+
+    print(render(examine()))
+    return 0
+
+
+_TRAIN_EPILOG = """
+Any setting of the recipe can be changed with --group.name VALUE, e.g. --vit.depth 6 --train.seed 1
+--views.global_views.size_zyx 8,64,64 --heads.ibot none. Settings and their values in RECIPE vit-s:
+
+"""
+
+
+def _train_settings() -> str:
+    flat = recipes.settings(recipes.vit_s())
+    width = max(map(len, flat))
+    return "\n".join(f"  --{name:<{width}}  {value}" for name, value in flat.items())
+
+
+def _parser() -> _Parser:
+    parser = _Parser(
+        prog="tapct-fast",
+        allow_abbrev=False,
+        description="Self-supervised 3D CT backbones: pack scans, train, export, embed, probe.",
+        epilog="Start with: tapct-fast demo",
+    )
+    parser.add_argument("--version", action="version", version=f"tapct-fast {__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=_Parser)
+
+    demo = verbs.add_parser(
+        "demo",
+        help="run the whole path on synthetic or real CT and write a report",
+        description="Pack, train, export, embed and probe in under four minutes on two CPU cores; "
+        "writes report.html. Without --ct the scans are synthetic phantoms.",
+    )
+    demo.add_argument(
+        "--ct",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="PATH",
+        help="scan files, DICOM series folders",
+    )
+    demo.add_argument(
+        "--out", type=Path, default=Path(".demo"), help="output folder (default: .demo)"
+    )
+    demo.add_argument("--seed", type=int, default=0)
+    demo.set_defaults(run=_demo)
+
+    pack = verbs.add_parser(
+        "pack",
+        help="turn scans into a training store",
+        description="Read scans (.nii, .nii.gz, .nrrd, .mha, .mhd, DICOM series folders, or "
+        "folders of these), check them, and write them to the training store DST. Run it again to "
+        "go on after a stop. Bad scans go to DST/quarantine.jsonl with a reason; the rest goes on.",
+    )
+    pack.add_argument("src", type=Path, nargs="+", metavar="SRC", help="scan file or folder")
+    pack.add_argument("dst", type=Path, metavar="DST", help="store folder, made if absent")
+    pack.add_argument(
+        "--codec",
+        choices=("lz4hc", "zstd"),
+        default="lz4hc",
+        help="lz4hc decodes faster, zstd is smaller",
+    )
+    pack.add_argument(
+        "--no-check-hu",
+        dest="check_hu",
+        action="store_false",
+        help="accept values that do not look like HU",
+    )
+    pack.set_defaults(run=_pack)
+
+    locate = verbs.add_parser(
+        "locate",
+        help="say which input a case id stands for",
+        description="Case ids are keyed hashes, so that no store or log holds a path. With the "
+        "store's key and the same inputs, this prints the path behind one id.",
+    )
+    locate.add_argument(
+        "store", type=Path, metavar="STORE", help="a store, or an output folder of embed"
+    )
+    locate.add_argument("case", metavar="CASE")
+    locate.add_argument(
+        "src", type=Path, nargs="+", metavar="SRC", help="the inputs that were packed"
+    )
+    locate.set_defaults(run=_locate)
+
+    train = verbs.add_parser(
+        "train",
+        help="pretrain a backbone with DINOv2",
+        description=f"Recipes: {', '.join(recipes.RECIPES)}. An interrupted run goes on where "
+        "it stopped, bit for bit, when the same command is given again.",
+        epilog=_TRAIN_EPILOG + _train_settings(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    train.add_argument("recipe", metavar="RECIPE")
+    train.add_argument(
+        "store", type=Path, metavar="STORE", help="folder written by tapct-fast pack"
+    )
+    train.add_argument("--out", type=Path, required=True, metavar="DIR", help="checkpoints, logs")
+    train.add_argument(
+        "--resume",
+        choices=("auto", "never"),
+        default="auto",
+        help="never: refuse a folder that holds a run",
+    )
+    train.add_argument("--device", default=None, help="default: cuda where there is one, else cpu")
+    train.set_defaults(run=_train)
+
+    export = verbs.add_parser(
+        "export",
+        help="write the teacher of a run as a backbone",
+        description="Write model.safetensors, config.json and preprocessor.json to OUT.",
+    )
+    export.add_argument("run_dir", type=Path, metavar="RUN", help="run folder or one checkpoint")
+    export.add_argument("out", type=Path, metavar="OUT")
+    export.add_argument("--which", choices=("teacher", "student"), default="teacher")
+    export.set_defaults(run=_export)
+
+    embed = verbs.add_parser(
+        "embed",
+        help="extract features of whole scans",
+        description="Slide windows over each scan and write its feature volume (with affine), cls "
+        "tokens and pooled vector. Run it again to go on after a stop.",
+    )
+    embed.add_argument(
+        "backbone", metavar="BACKBONE", help="exported folder, model.safetensors or hub id"
+    )
+    embed.add_argument(
+        "scan", type=Path, nargs="+", metavar="SCAN", help="scan file or DICOM series folder"
+    )
+    embed.add_argument("--out", type=Path, required=True, metavar="DIR")
+    embed.add_argument(
+        "--overlap",
+        type=float,
+        default=0.5,
+        help="of neighbouring windows, 0 to 0.9 (default: 0.5)",
+    )
+    embed.add_argument("--batch-size", type=int, default=4, help="windows per forward (default: 4)")
+    embed.add_argument("--device", default="cpu")
+    embed.add_argument(
+        "--no-check-hu",
+        dest="check_hu",
+        action="store_false",
+        help="accept values that do not look like HU",
+    )
+    embed.set_defaults(run=_embed)
+
+    probe = verbs.add_parser(
+        "probe",
+        help="score frozen features: kNN and linear segmentation",
+        description="Cross-validated over scans: a kNN and a linear head on frozen patch features; "
+        "prints Dice per label with a 95 %% interval.",
+    )
+    probe.add_argument("features", type=Path, metavar="FEATURES", help="output folder of embed")
+    probe.add_argument(
+        "--labels",
+        type=Path,
+        nargs="+",
+        required=True,
+        metavar="LABELS",
+        help="label maps, in the order of the scans",
+    )
+    probe.add_argument("--folds", type=int, default=4, help="cross-validation folds (default: 4)")
+    probe.add_argument("--seed", type=int, default=0)
+    probe.set_defaults(run=_probe)
+
+    doctor = verbs.add_parser("doctor", help="show versions, backends and what is missing")
+    doctor.set_defaults(run=_doctor)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb and return its exit code."""
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    if args.verb == "train":
+        args.settings = rest
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    try:
+        code: int = args.run(args)
+    except TapctError as error:
+        print(f"tapct-fast {args.verb}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(f"tapct-fast {args.verb}: interrupted; the same command goes on", file=sys.stderr)
+        return 130
+    return code

@@ -1,0 +1,1 @@
+"""What frozen features are used for: whole-scan embedding and probes."""

@@ -1,0 +1,320 @@
+"""What frozen patch features know about labels: kNN and a linear head, scored as segmentation.
+
+Shape suffixes: N rows (tokens), D width, K classes, J neighbours, S scans.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tapct_fast.downstream.dice import ProbeResult, confusion_matrix, summarise
+from tapct_fast.downstream.embed import INDEX_FILE
+from tapct_fast.downstream.features import FORMAT, Features, load_features
+from tapct_fast.downstream.resample import check_classes, classify_voxels, labelled_tokens
+from tapct_fast.errors import FormatError, InputError
+from tapct_fast.io.atomic import read_json
+from tapct_fast.io.read import read_labels
+from tapct_fast.io.volume import Volume
+
+Scan = tuple[Features, Volume]  # the volume holds class numbers, 0 for background
+
+NUM_NEIGHBOURS, TEMP = 20, 0.07  # DINOv2's kNN evaluation
+LINEAR_TOKENS, KNN_TOKENS = 65536, 16384  # training rows; seconds on 2 cores at width 384
+LBFGS_STEPS = 150
+WEIGHT_DECAY = 1e-4  # on standardised features; best of 1e-2..1e-4 on held-out phantoms
+CHUNK_ROWS = 4096
+
+
+def knn(
+    train_ND: Tensor,
+    train_labels_N: Tensor,
+    test_ND: Tensor,
+    *,
+    k: int = NUM_NEIGHBOURS,
+    temp: float = TEMP,
+) -> Tensor:
+    """Classify rows by their nearest neighbours in cosine similarity.
+
+    Args:
+        train_ND: Features with known labels.
+        train_labels_N: Any integers.
+        test_ND: Features to classify.
+        k: Neighbours that vote, at most the training rows.
+        temp: A neighbour's vote weighs exp(similarity / temp).
+
+    Returns:
+        One label per test row; among equal votes the smallest label.
+
+    Raises:
+        InputError: The shapes do not fit, or ``k`` or ``temp`` is not positive.
+
+    Source: DINOv2, arXiv:2304.07193; Wu et al., arXiv:1805.01978 section 3.4.
+    """
+    if train_ND.ndim != 2 or test_ND.ndim != 2 or train_ND.shape[1] != test_ND.shape[1]:
+        raise InputError(
+            f"knn: features of shapes {tuple(train_ND.shape)} and {tuple(test_ND.shape)} are not "
+            "two tables of equal width"
+        )
+    if train_labels_N.shape != train_ND.shape[:1] or len(train_ND) == 0:
+        raise InputError(
+            f"knn: labels of shape {tuple(train_labels_N.shape)} for {len(train_ND)} training rows"
+        )
+    if k < 1 or temp <= 0:
+        raise InputError(f"knn: k={k} and temp={temp} must be positive")
+    classes_K, labels_N = torch.unique(train_labels_N, return_inverse=True)
+    target_NK = F.one_hot(labels_N, len(classes_K)).float()
+    best_N = _votes(train_ND, target_NK, test_ND, k=k, temp=temp).argmax(1)
+    labels: Tensor = classes_K[best_N]
+    return labels
+
+
+def _votes(train_ND: Tensor, target_NK: Tensor, test_ND: Tensor, *, k: int, temp: float) -> Tensor:
+    train_ND = F.normalize(train_ND.float(), dim=1)
+    votes = []
+    for rows_ND in torch.split(F.normalize(test_ND.float(), dim=1), CHUNK_ROWS):
+        top_NJ, index_NJ = (rows_ND @ train_ND.T).topk(min(k, len(train_ND)), dim=1)
+        weight_NJ = torch.softmax(top_NJ / temp, dim=1)
+        votes.append(torch.einsum("nj,njk->nk", weight_NJ, target_NK[index_NJ]))
+    return torch.cat(votes)
+
+
+def linear_segmentation(
+    train: Sequence[Scan],
+    test: Sequence[Scan],
+    *,
+    num_classes: int,
+    seed: int = 0,
+    label_names: Sequence[str] | None = None,
+) -> ProbeResult:
+    """Fit a linear head on frozen patch tokens and score it on other scans.
+
+    Multinomial logistic regression on standardised features by full-batch L-BFGS from zero. A
+    token's target is the share of each class among its label voxels; classes weigh by the inverse
+    square root of their share. The problem is convex and starts without drawn values, so the same
+    input gives the same result. Scores are interpolated trilinearly to the label grid.
+
+    Args:
+        train: Features with label maps whose voxels are class numbers below ``num_classes``, 0
+            being background.
+        test: Held-out scans.
+        num_classes: Including background.
+        seed: Draws the training tokens where there are more than 65536, and the bootstrap.
+        label_names: One per class; by default their numbers.
+
+    Raises:
+        InputError: No scans, labels out of range, or a label map that lies outside its scan.
+    """
+    names = _names(label_names, num_classes)
+    confusions_SKK = _confusions(_fit_linear, LINEAR_TOKENS, train, test, num_classes, seed)
+    return summarise("linear head", names, confusions_SKK, seed=seed)
+
+
+def knn_segmentation(
+    train: Sequence[Scan],
+    test: Sequence[Scan],
+    *,
+    num_classes: int,
+    seed: int = 0,
+    label_names: Sequence[str] | None = None,
+) -> ProbeResult:
+    """Score patch tokens by their nearest training tokens; arguments as ``linear_segmentation``.
+
+    Raises:
+        InputError: No scans, labels out of range, or a label map that lies outside its scan.
+    """
+    names = _names(label_names, num_classes)
+    confusions_SKK = _confusions(_fit_knn, KNN_TOKENS, train, test, num_classes, seed)
+    return summarise("kNN", names, confusions_SKK, seed=seed)
+
+
+Head = Callable[[Tensor], Tensor]  # x_ND -> scores_NK
+
+
+def _fit_linear(x_ND: Tensor, share_NK: Tensor) -> Head:
+    mean_D, std_D = x_ND.mean(0), x_ND.std(0, correction=0).clamp_min(1e-6)
+    x_ND = (x_ND - mean_D) / std_D
+    mean_K = share_NK.mean(0)
+    present_K = mean_K > 0
+    balance_K = torch.where(present_K, mean_K.clamp_min(1e-12).rsqrt(), 0.0)
+    target_NK = share_NK * (balance_K / (mean_K * balance_K).sum())
+    weight_DK = torch.zeros(x_ND.shape[1], len(mean_K), requires_grad=True)
+    bias_K = torch.zeros(len(mean_K), requires_grad=True)
+    solver = torch.optim.LBFGS(
+        [weight_DK, bias_K], max_iter=LBFGS_STEPS, line_search_fn="strong_wolfe"
+    )
+
+    def closure() -> Tensor:
+        solver.zero_grad()
+        log_p_NK = torch.log_softmax(x_ND @ weight_DK + bias_K, dim=1)
+        loss = WEIGHT_DECAY * weight_DK.square().sum() - (target_NK * log_p_NK).sum(1).mean()
+        torch.autograd.backward(loss)
+        return loss
+
+    solver.step(closure)  # type: ignore[no-untyped-call]  # torch does not annotate it
+    # A class without training tokens must never win; finite, so that interpolation stays finite.
+    offset_K = torch.where(present_K, bias_K.detach(), -1e4)
+    head_DK = weight_DK.detach()
+    return lambda rows_ND: ((rows_ND - mean_D) / std_D) @ head_DK + offset_K
+
+
+def _fit_knn(x_ND: Tensor, share_NK: Tensor) -> Head:
+    return lambda rows_ND: _votes(x_ND, share_NK, rows_ND, k=NUM_NEIGHBOURS, temp=TEMP)
+
+
+def _names(label_names: Sequence[str] | None, num_classes: int) -> tuple[str, ...]:
+    names = tuple(label_names or map(str, range(num_classes)))
+    if num_classes < 2 or len(names) != num_classes:
+        raise InputError(f"num_classes={num_classes} with {len(names)} names; at least 2, as many")
+    return names
+
+
+def segment(
+    train: Sequence[Scan], scan: Scan, *, num_classes: int, seed: int = 0
+) -> NDArray[np.int64]:
+    """Return the classes that the head of ``linear_segmentation`` gives the voxels of one scan.
+
+    Args:
+        train: As for ``linear_segmentation``.
+        scan: Its features are classified; of its label map only the grid is used.
+        num_classes: Including background.
+        seed: As for ``linear_segmentation``.
+
+    Returns:
+        Class numbers, ZYX, on the grid of the scan's label map.
+
+    Raises:
+        InputError: Labels out of range, or a label map that lies outside its scan.
+    """
+    features, labels = scan
+    head = _fit(_fit_linear, LINEAR_TOKENS, train, num_classes, seed)
+    return classify_voxels(head(features.patches_ZYXC.flatten(0, 2)), features, labels)
+
+
+def _fit(
+    fit: Callable[[Tensor, Tensor], Head],
+    max_tokens: int,
+    train: Sequence[Scan],
+    num_classes: int,
+    seed: int,
+) -> Head:
+    tables = []
+    for number, (features, labels) in enumerate(train, start=1):
+        try:
+            tables.append(labelled_tokens(features, labels, num_classes))
+        except InputError as error:
+            raise InputError(f"training label map {number}: {error}") from None
+    x_ND, share_NK = torch.cat([t.x_LD for t in tables]), torch.cat([t.share_LK for t in tables])
+    if len(x_ND) > max_tokens:
+        order = np.random.default_rng(seed).permutation(len(x_ND))[:max_tokens]
+        keep = torch.from_numpy(np.sort(order))
+        x_ND, share_NK = x_ND[keep], share_NK[keep]
+    return fit(x_ND, share_NK)
+
+
+def _confusions(
+    fit: Callable[[Tensor, Tensor], Head],
+    max_tokens: int,
+    train: Sequence[Scan],
+    test: Sequence[Scan],
+    num_classes: int,
+    seed: int,
+) -> NDArray[np.int64]:
+    """Fit on some scans and return one confusion matrix, SKK, per other scan."""
+    if not train or not test:
+        raise InputError(f"a probe needs training and test scans, not {len(train)} and {len(test)}")
+    head = _fit(fit, max_tokens, train, num_classes, seed)
+    confusions = []
+    for number, (features, labels) in enumerate(test, start=1):
+        try:
+            check_classes(labels, num_classes)
+        except InputError as error:
+            raise InputError(f"test label map {number}: {error}") from None
+        scores_LK = head(features.patches_ZYXC.flatten(0, 2))
+        predicted_ZYX = classify_voxels(scores_LK, features, labels)
+        confusions.append(confusion_matrix(labels.hu_ZYX, predicted_ZYX, num_classes))
+    return np.stack(confusions)
+
+
+class FolderProbe(NamedTuple):
+    """Both probes of one features folder; prints as two tables."""
+
+    knn: ProbeResult
+    linear: ProbeResult
+    num_folds: int
+
+    def __str__(self) -> str:
+        return f"{self.knn}\n\n{self.linear}\n\n{self.num_folds}-fold cross-validation over scans"
+
+
+def probe_folder(
+    features: Path, labels: Sequence[Path], *, folds: int = 4, seed: int = 0
+) -> FolderProbe:
+    """Score an output folder of ``embed_scans`` by cross-validation over its scans.
+
+    Args:
+        features: The folder.
+        labels: Label maps, one per scan in the order the scans were given; those of quarantined
+            scans are passed over. Label 0 is background.
+        folds: At most; with fewer scans, each is left out once.
+        seed: Draws folds, training tokens and the bootstrap.
+
+    Raises:
+        InputError: Numbers of scans and label maps differ, or there are fewer than two scans.
+        FormatError: The folder or a label map is damaged.
+    """
+    cases = _cases(features)
+    if len(cases) != len(labels):
+        raise InputError(f"{len(labels)} label maps for {len(cases)} scans; give one per scan")
+    pairs = zip(cases, labels, strict=True)
+    kept = [(case, path) for (case, is_quarantined), path in pairs if not is_quarantined]
+    if len(kept) < 2 or folds < 2:
+        raise InputError(f"{folds} folds of {len(kept)} scans: cross-validation needs 2 of each")
+    maps = [read_labels(path) for _, path in kept]
+    values = np.unique(np.concatenate([[0], *(np.unique(m.hu_ZYX) for m in maps)]))
+    if len(values) < 2:
+        raise InputError("the label maps hold background (0) only")
+    scans = [
+        (
+            load_features(features / "cases" / f"{case}.safetensors"),
+            Volume(np.searchsorted(values, m.hu_ZYX).astype(np.int16), m.spacing_mm, m.affine),
+        )
+        for (case, _), m in zip(kept, maps, strict=True)
+    ]
+    names = tuple(str(value) for value in values)
+    folds = min(folds, len(scans))
+    fold_S = np.random.default_rng(seed).permutation(np.arange(len(scans)) % folds)
+
+    def cross_validate(
+        name: str, fit: Callable[[Tensor, Tensor], Head], max_tokens: int
+    ) -> ProbeResult:
+        confusions_SKK = np.zeros((len(scans), len(names), len(names)), dtype=np.int64)
+        for fold in range(folds):
+            train = [scan for scan, f in zip(scans, fold_S, strict=True) if f != fold]
+            test = [scan for scan, f in zip(scans, fold_S, strict=True) if f == fold]
+            confusions_SKK[fold_S == fold] = _confusions(
+                fit, max_tokens, train, test, len(names), seed
+            )
+        return summarise(name, names, confusions_SKK, seed=seed)
+
+    return FolderProbe(
+        cross_validate("kNN", _fit_knn, KNN_TOKENS),
+        cross_validate("linear head", _fit_linear, LINEAR_TOKENS),
+        folds,
+    )
+
+
+def _cases(features: Path) -> list[tuple[str, bool]]:
+    """Return id and whether it was quarantined, per scan in input order."""
+    index = read_json(features / INDEX_FILE, "features index")
+    if not isinstance(index, dict) or index.get("format") != FORMAT:
+        raise FormatError("features index", "not a features folder; make one: tapct-fast embed")
+    try:
+        return [(str(row["case"]), bool(row["is_quarantined"])) for row in index["cases"]]
+    except (KeyError, TypeError):
+        raise FormatError("features index", "it is damaged; run tapct-fast embed again") from None

@@ -1,0 +1,109 @@
+"""Geometry shared by all readers: checks of an affine, and the turn into canonical LPS.
+
+Affines map the voxel index (x, y, z, 1) to RAS+ world millimetres. Arrays are indexed [z, y, x].
+Shape suffixes: Z Y X voxels.
+"""
+
+import itertools
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tapct_fast.errors import FormatError
+
+Scalar = TypeVar("Scalar", bound=np.generic)
+Affine = NDArray[np.float64]
+
+MAX_SHEAR_DEG = 0.1  # 0.5 mm over 30 cm; rounding of direction cosines to 4 digits stays below
+# Outside this range a unit is wrong (metres, micrometres) or a header is damaged.
+SPACING_RANGE_MM = (0.01, 100.0)
+
+# RAS direction of growing index after the turn: x to Left, y to Posterior, z to Superior.
+_LPS_SIGNS_XYZ = (-1.0, -1.0, 1.0)
+
+
+def spacing_of(affine: Affine) -> tuple[float, float, float]:
+    """Return the voxel spacing in millimetres, in z, y, x order."""
+    x, y, z = (float(norm) for norm in np.linalg.norm(affine[:3, :3], axis=0))
+    return z, y, x
+
+
+def shear_deg(affine: Affine) -> float:
+    """Return the largest departure from a right angle between two voxel axes, in degrees."""
+    axes = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
+    cosines = [axes[:, i] @ axes[:, j] for i, j in itertools.combinations(range(3), 2)]
+    return float(np.degrees(np.arcsin(np.clip(np.abs(cosines).max(), 0.0, 1.0))))
+
+
+def check_affine(affine: Affine, *, field: str = "affine") -> None:
+    """Refuse an affine that no regular voxel grid of a CT can have.
+
+    Args:
+        affine: Maps (x, y, z, 1) indices to RAS+ millimetres.
+        field: Name for the error message, e.g. ``sform``.
+
+    Raises:
+        FormatError: Wrong shape, NaN, singular, sheared by more than 0.1 degrees, or a spacing
+            outside 0.01..100 mm.
+    """
+    if affine.shape != (4, 4):
+        raise FormatError(field, f"shape {affine.shape} is not (4, 4)")
+    if not np.isfinite(affine).all():
+        raise FormatError(field, "holds NaN or infinite values")
+    if not np.array_equal(affine[3], (0.0, 0.0, 0.0, 1.0)):
+        raise FormatError(field, "the last row is not (0, 0, 0, 1)")
+    spacing_mm = spacing_of(affine)
+    low, high = SPACING_RANGE_MM
+    if min(spacing_mm) == 0.0:
+        raise FormatError(field, "singular: a voxel axis has no length")
+    if not (low <= min(spacing_mm) and max(spacing_mm) <= high):
+        text = " x ".join(f"{value:g}" for value in spacing_mm)
+        raise FormatError(
+            field, f"a z, y, x spacing of {text} mm is not that of a CT ({low:g}..{high:g} mm)"
+        )
+    shear = shear_deg(affine)
+    if shear > MAX_SHEAR_DEG:
+        determinant = np.linalg.det(affine[:3, :3]) / np.prod(spacing_mm)
+        if abs(determinant) < 1e-6:
+            raise FormatError(field, "singular: the voxel axes lie in one plane")
+        raise FormatError(
+            field,
+            f"sheared by {shear:.2f} degrees (gantry tilt or a registration); "
+            "resample the scan to a rectangular grid first",
+        )
+
+
+def to_lps(array_zyx: NDArray[Scalar], affine: Affine) -> tuple[NDArray[Scalar], Affine]:
+    """Turn a volume into canonical LPS by permuting and flipping axes; no voxel is resampled.
+
+    Each voxel axis goes to the world axis nearest to it, so that for an oblique scan the directions
+    hold approximately and the affine still places every voxel exactly.
+
+    Args:
+        array_zyx: Voxels of three axes, [z, y, x] in file order.
+        affine: Maps the file's (x, y, z, 1) index to RAS+ millimetres; must pass ``check_affine``.
+
+    Returns:
+        The C-contiguous array whose x, y, z indices grow to Left, Posterior, Superior, and the
+        affine of its indices.
+    """
+    check_affine(affine)
+    cosines = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)  # rows world, columns voxel
+    order = max(
+        itertools.permutations(range(3)),
+        key=lambda axes: sum(abs(cosines[world, axes[world]]) for world in range(3)),
+    )
+    size_xyz = array_zyx.shape[::-1]
+    turn = np.zeros((4, 4))  # new index -> old index
+    turn[3, 3] = 1.0
+    for world, old in enumerate(order):
+        if cosines[world, old] * _LPS_SIGNS_XYZ[world] > 0:
+            turn[old, world] = 1.0
+        else:
+            turn[old, world] = -1.0
+            turn[old, 3] = size_xyz[old] - 1
+
+    array_xyz = array_zyx.transpose(2, 1, 0).transpose(order)
+    flips = tuple(slice(None, None, int(turn[old, world])) for world, old in enumerate(order))
+    return np.ascontiguousarray(array_xyz[flips].transpose(2, 1, 0)), affine @ turn

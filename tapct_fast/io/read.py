@@ -1,0 +1,180 @@
+"""The door for every scan: find scans, read one of any format, refuse what cannot be CT.
+
+Shape suffixes: Z Y X voxels.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tapct_fast.errors import FormatError, InputError
+from tapct_fast.io.dicom import read_series
+from tapct_fast.io.dicom_slice import DICOM_SUFFIXES
+from tapct_fast.io.itk import read_itk, read_itk_labels
+from tapct_fast.io.nifti import read_nifti, read_nifti_labels
+from tapct_fast.io.volume import Volume
+
+_NIFTI_SUFFIXES = (".nii", ".nii.gz")
+_ITK_SUFFIXES = (".nrrd", ".nhdr", ".mha", ".mhd")
+
+# Fat is near -100 HU and noise of a CT is above 5 HU: a scan with neither fat nor air below this is
+# a windowed image, a label map, or stored values without their rescale intercept.
+_HIGHEST_MINIMUM = -50
+_LOWEST_MAXIMUM = -200  # a scan with no voxel above this holds no tissue
+_CT_RANGE = (-4096, 4096)  # most voxels; padding and metal lie outside
+
+
+def read_volume(path: Path | str, *, series: str | None = None, check_hu: bool = True) -> Volume:
+    """Read one CT as Hounsfield units in canonical LPS.
+
+    Args:
+        path: A ``.nii``, ``.nii.gz``, ``.nrrd``, ``.nhdr``, ``.mha`` or ``.mhd`` file, or a folder
+            with the slices of a DICOM series.
+        series: Which series of a DICOM folder with several; see ``io.dicom.list_series``.
+        check_hu: Refuse values which cannot be Hounsfield units.
+
+    Returns:
+        Volume with ``hu_ZYX`` int16 (stored slope and intercept applied, nothing clipped).
+
+    Raises:
+        InputError: Nothing is there, or an optional reader is not installed.
+        FormatError: The file is damaged, contradicts itself or is not CT.
+    """
+    path = Path(path)
+    kind = _kind(path)
+    if series is not None and kind != "dicom":
+        raise InputError("series= is for DICOM folders, and this is a file; leave it out")
+    if kind == "dicom":
+        volume = read_series(path, series=series)
+    else:
+        volume = read_nifti(path) if kind == "nifti" else read_itk(path)
+    if check_hu:
+        check_is_hu(volume.hu_ZYX)
+    return volume
+
+
+def read_labels(path: Path | str) -> Volume:
+    """Read a label map in canonical LPS; ``hu_ZYX`` of the result holds the int16 labels.
+
+    Raises:
+        InputError: Nothing is there, or it is a folder.
+        FormatError: The file is damaged, or a label is not a whole number.
+    """
+    path = Path(path)
+    kind = _kind(path)
+    if kind == "dicom":
+        raise InputError("a folder is not a label map; give a NIfTI, NRRD or MetaImage file")
+    return read_nifti_labels(path) if kind == "nifti" else read_itk_labels(path)
+
+
+def check_is_hu(hu: NDArray[np.int16]) -> None:
+    """Refuse a volume whose values cannot be Hounsfield units.
+
+    Raises:
+        FormatError: The values are constant, windowed, normalised, unscaled or scrambled.
+    """
+    way_out = "if these are HU all the same, pass check_hu=False (--no-check-hu)"
+    low, high = int(hu.min()), int(hu.max())
+    reason = None
+    if low == high:
+        reason = f"every voxel is {low}"
+    elif low >= _HIGHEST_MINIMUM and high <= 255:
+        reason = "an 8-bit image, a label map or normalised values"
+    elif low >= _HIGHEST_MINIMUM:
+        reason = "neither air nor fat: not CT, or the rescale intercept was never applied"
+    elif high <= _LOWEST_MAXIMUM:
+        reason = "no tissue: not CT, or an intercept applied twice"
+    else:
+        num_inside = np.count_nonzero((hu >= _CT_RANGE[0]) & (hu <= _CT_RANGE[1]))
+        if num_inside < 0.5 * hu.size:
+            reason = f"most voxels lie outside {_CT_RANGE[0]}..{_CT_RANGE[1]}: scrambled bytes?"
+    if reason:
+        raise FormatError("HU", f"values {low}..{high} cannot be a CT ({reason}); {way_out}")
+
+
+def find_scans(paths: Sequence[Path]) -> list[Path]:
+    """List the scans that files and folders name, each once, in the given order.
+
+    A file is taken as it is. A folder is searched with all folders below it: every volume file is a
+    scan, and so is every folder in which DICOM files lie.
+
+    Raises:
+        InputError: A path does not exist or holds no scan; it is named by its position.
+    """
+    scans: dict[Path, Path] = {}
+    for number, path in enumerate(paths, start=1):
+        if path.is_dir():
+            found = list(_search(path))
+        elif path.exists():
+            found = [path]
+        else:
+            raise InputError(f"input {number} does not exist; check the path")
+        if not found:
+            raise InputError(
+                f"input {number} is a folder without scans; a scan is a .nii, .nii.gz, .nrrd, "
+                ".nhdr, .mha or .mhd file, or a folder of DICOM slices"
+            )
+        for scan in found:
+            scans.setdefault(scan.resolve(), scan)
+    return list(scans.values())
+
+
+def _search(folder: Path) -> Iterator[Path]:
+    """Yield scans below a folder in name order, following links but visiting no folder twice."""
+    visited = set()
+    for name, subfolders, files in os.walk(folder, followlinks=True):
+        here = Path(name)
+        if here.resolve() in visited:
+            subfolders.clear()
+            continue
+        visited.add(here.resolve())
+        subfolders[:] = sorted(entry for entry in subfolders if not entry.startswith("."))
+        shown = [here / entry for entry in sorted(files) if not entry.startswith(".")]
+        if any(_looks_like_dicom(path) for path in shown):
+            yield here
+        yield from (path for path in shown if _has_suffix(path, _NIFTI_SUFFIXES + _ITK_SUFFIXES))
+
+
+def _kind(path: Path) -> Literal["dicom", "nifti", "itk"]:
+    """Tell the format by content where it says so, else by the name."""
+    if path.is_dir():
+        return "dicom"
+    try:
+        with path.open("rb") as file:
+            start = file.read(352)
+    except OSError as error:
+        raise InputError(f"the scan cannot be opened: {error.strerror}; check the path") from None
+    if start[128:132] == b"DICM" or _has_suffix(path, DICOM_SUFFIXES):
+        raise InputError("one DICOM file is not a volume; give the folder that holds its series")
+    if start[:4] == b"NRRD" or start[:10] == b"ObjectType" or start[:5] == b"NDims":
+        return "itk"
+    if start[:2] == b"\x1f\x8b" or start[344:347] in (b"n+1", b"ni1") or start[4:7] == b"n+2":
+        return "nifti"
+    if _has_suffix(path, _ITK_SUFFIXES):
+        return "itk"
+    if _has_suffix(path, _NIFTI_SUFFIXES):
+        return "nifti"
+    raise FormatError(
+        "file", "is not NIfTI, NRRD or MetaImage; for DICOM give the folder that holds the series"
+    )
+
+
+def _has_suffix(path: Path, suffixes: tuple[str, ...]) -> bool:
+    return path.name.lower().endswith(suffixes)
+
+
+def _looks_like_dicom(path: Path) -> bool:
+    """Tell a slice by its mark; an unreadable or misnamed file is left for the reader to judge."""
+    if path.name.upper() == "DICOMDIR" or not path.is_file():
+        return False
+    if _has_suffix(path, DICOM_SUFFIXES):
+        return True
+    try:
+        with path.open("rb") as file:
+            return file.read(132)[128:] == b"DICM"
+    except OSError:
+        return False

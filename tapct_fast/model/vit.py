@@ -1,0 +1,170 @@
+"""The 3D vision transformer, under DINOv2's parameter names.
+
+Shape suffixes: B batch, C channels (one), Z Y X voxels, L patch tokens in z, y, x order,
+R registers, T = 1 + R + L tokens in the order cls, registers, patches, D width, S block,
+N kept rows of the batch.
+Source: DINOv2 with registers, arXiv:2304.07193 and arXiv:2309.16588; volumetric as in TAP-CT,
+arXiv:2512.00872.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tapct_fast.config import HuConfig, VitConfig, Zyx
+from tapct_fast.errors import InputError
+from tapct_fast.model.block import NORM_EPS, Block, LayerScale, draw_kept_rows
+from tapct_fast.model.patch_embed import PatchEmbed
+
+
+class VitOutput(NamedTuple):
+    """Normed tokens by name; ``hidden`` holds the patch tokens after each block, if asked for."""
+
+    cls_BD: Tensor
+    registers_BRD: Tensor
+    patches_BLD: Tensor
+    grid_zyx: Zyx
+    hidden: tuple[Tensor, ...] = ()
+
+
+class Vit(nn.Module):
+    """A plain ViT on volumes; call ``init_weights`` before training, or load weights.
+
+    Args:
+        config: Architecture.
+        hu: Clip and z-score of int16 input; the released processor's constants by default.
+    """
+
+    def __init__(self, config: VitConfig, hu: HuConfig | None = None) -> None:
+        super().__init__()
+        self.config = config
+        dim, (z, y, x) = config.dim, config.grid_zyx
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + z * y * x, dim))
+        if config.num_registers:
+            self.register_tokens = nn.Parameter(torch.zeros(1, config.num_registers, dim))
+        self.mask_token = nn.Parameter(torch.zeros(1, dim))
+        self.patch_embed = PatchEmbed(dim, config.patch_zyx, hu or HuConfig())
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(dim, eps=NORM_EPS)
+
+    @property
+    def num_prefix(self) -> int:
+        """Rows in front of the patches: the cls token and the registers."""
+        return 1 + self.config.num_registers
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Initialise every parameter as DINOv2 does, as a pure function of ``seed``."""
+        generator = torch.Generator(self.cls_token.device).manual_seed(seed)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02, generator=generator)
+        nn.init.normal_(self.cls_token, std=1e-6, generator=generator)
+        if self.config.num_registers:
+            nn.init.normal_(self.register_tokens, std=1e-6, generator=generator)
+        nn.init.zeros_(self.mask_token)
+        self.patch_embed.init_weights(generator)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02, generator=generator)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.LayerNorm):
+                module.reset_parameters()
+            elif isinstance(module, LayerScale):
+                module.gamma.fill_(module.init)
+
+    def _kept_rows(self, x_BTD: Tensor, seed: int | None) -> list[Tensor | None]:
+        """Return keep_2N of each block, None where every row runs."""
+        depth, drop_path = self.config.depth, self.config.drop_path
+        if seed is None or drop_path == 0:
+            return [None] * depth
+        keep_S2N = draw_kept_rows(seed, depth=depth, batch=x_BTD.shape[0], drop_path=drop_path)
+        return list(keep_S2N.to(x_BTD.device, non_blocking=True).unbind(0))
+
+    def position_rows(self, grid_zyx: Zyx) -> Tensor:
+        """Return pos_LD of a grid: the learned rows, interpolated trilinearly to any other grid."""
+        learned_LD = self.pos_embed[0, 1:]
+        if grid_zyx == self.config.grid_zyx:
+            return learned_LD
+        # An explicit size: DINOv2's offset of 0.1 only mends the rounding of its scale-factor form.
+        sum_dtype = torch.promote_types(learned_LD.dtype, torch.float32)
+        volume_DZYX = learned_LD.T.reshape(-1, *self.config.grid_zyx).to(sum_dtype)
+        resized_DZYX = F.interpolate(volume_DZYX[None], size=grid_zyx, mode="trilinear")[0]
+        return resized_DZYX.flatten(1).T.to(learned_LD.dtype)
+
+    def embed(self, x_BCZYX: Tensor, mask_BL: Tensor | None = None) -> Tensor:
+        """Return tokens_BTD before the first block; see ``forward`` for the arguments."""
+        grid_zyx = self.patch_embed.grid_zyx(x_BCZYX)
+        num_patches = grid_zyx[0] * grid_zyx[1] * grid_zyx[2]
+        if mask_BL is not None and mask_BL.shape != (x_BCZYX.shape[0], num_patches):
+            raise InputError(
+                f"mask of shape {tuple(mask_BL.shape)} does not cover {x_BCZYX.shape[0]} volumes "
+                f"of {num_patches} tokens"
+            )
+        prefix_RD = self.cls_token[0] + self.pos_embed[0, :1]
+        if self.config.num_registers:
+            prefix_RD = torch.cat([prefix_RD, self.register_tokens[0]])
+        tokens_BTD: Tensor = self.patch_embed(
+            x_BCZYX, self.position_rows(grid_zyx), prefix_RD, self.mask_token[0], mask_BL
+        )
+        return tokens_BTD
+
+    def forward_tokens(
+        self,
+        x_BCZYX: Tensor,
+        mask_BL: Tensor | None = None,
+        *,
+        drop_seed: int | None = None,
+    ) -> Tensor:
+        """Return tokens_BTD after the last block, before the final norm.
+
+        Training norms only the rows it uses: the cls token with ``norm``, masked patches with
+        ``tapct_kernels.masked_gather``.
+        """
+        x_BTD = self.embed(x_BCZYX, mask_BL)
+        keep_S2N = self._kept_rows(x_BTD, drop_seed)
+        for block, keep_2N in zip(self.blocks, keep_S2N, strict=True):
+            x_BTD = block(x_BTD, keep_2N=keep_2N)
+        return x_BTD
+
+    def forward(
+        self,
+        x_BCZYX: Tensor,
+        *,
+        mask_BL: Tensor | None = None,
+        num_blocks: int | None = None,
+        return_hidden: bool = False,
+        drop_seed: int | None = None,
+    ) -> VitOutput:
+        """Encode volumes.
+
+        Args:
+            x_BCZYX: Normalised float, or int16 HU; whole patches along each axis.
+            mask_BL: Patches replaced by the mask token where true.
+            num_blocks: Stop after this many blocks; the rest costs nothing.
+            return_hidden: Also return the patch tokens after each block, normed like the last ones.
+            drop_seed: Draws the rows that drop path keeps; None runs every branch on every row,
+                whatever ``train()`` says.
+
+        Raises:
+            InputError: The volume or mask has the wrong shape, or ``num_blocks`` is out of range.
+        """
+        num_blocks = self.config.depth if num_blocks is None else num_blocks
+        if not 1 <= num_blocks <= self.config.depth:
+            raise InputError(f"num_blocks={num_blocks} is not in 1..{self.config.depth}")
+        x_BTD = self.embed(x_BCZYX, mask_BL)
+        keep_S2N = self._kept_rows(x_BTD, drop_seed)
+        hidden: list[Tensor] = []
+        for block, keep_2N in zip(self.blocks[:num_blocks], keep_S2N[:num_blocks], strict=True):
+            x_BTD = block(x_BTD, keep_2N=keep_2N)
+            if return_hidden:
+                hidden.append(self.norm(x_BTD[:, self.num_prefix :]))
+        x_BTD = self.norm(x_BTD)
+        return VitOutput(
+            x_BTD[:, 0],
+            x_BTD[:, 1 : self.num_prefix],
+            x_BTD[:, self.num_prefix :],
+            self.patch_embed.grid_zyx(x_BCZYX),
+            tuple(hidden),
+        )

@@ -1,0 +1,112 @@
+"""What a run tells: ``metrics.jsonl``, TensorBoard where installed, a progress line if wanted.
+
+A row of ``metrics.jsonl`` has the step it follows, losses, gradient norms before the clip, the
+schedules at that step, and two measured numbers over the steps since the row before: samples per
+second and the share of time spent waiting for data. All but those two repeat bit for bit.
+"""
+
+import importlib.util
+import json
+import math
+import os
+import sys
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from tapct_fast.io.atomic import write_atomic
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+METRICS = "metrics.jsonl"
+
+
+def notify(line: str) -> None:
+    """Print one line to stderr without tearing a progress line."""
+    tqdm.write(f"tapct-fast train: {line}", file=sys.stderr)
+
+
+def _board(directory: Path, step: int) -> "SummaryWriter | None":
+    if importlib.util.find_spec("tensorboard") is None:
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    # purge_step hides what the killed run wrote past its last checkpoint.
+    return SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1)
+
+
+class RunLog:
+    """The open logs of one run; a context manager.
+
+    Args:
+        directory: The run's folder.
+        step: Steps done; rows past it, of a run that was killed, are dropped.
+        num_steps: Steps of the whole run.
+        progress: Show a progress line on stderr.
+    """
+
+    def __init__(self, directory: Path, *, step: int, num_steps: int, progress: bool) -> None:
+        self._path = directory / METRICS
+        rows = self._path.read_bytes().splitlines() if self._path.exists() else []
+        kept = [row for row in rows if _step_of(row) <= step]
+        write_atomic(self._path, b"".join(row + b"\n" for row in kept))
+        self.last_loss: float = json.loads(kept[-1])["loss"] if kept else math.nan
+        self._file = self._path.open("a", encoding="utf-8")
+        self._board = _board(directory, step)
+        self._bar = tqdm(
+            total=num_steps,
+            initial=step,
+            unit="step",
+            disable=not progress,
+            dynamic_ncols=True,
+            mininterval=0.1 if sys.stderr.isatty() else 10.0,  # seconds; a log file is no terminal
+            bar_format="step {n_fmt}/{total_fmt} |{bar}|{postfix} eta {remaining}",
+        )
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bar.close()
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+    def advance(self) -> None:
+        """Count one step on the progress line."""
+        self._bar.update()
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append one row, readable by others at once; ``step`` is one of its keys."""
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        self.last_loss = row["loss"]
+        self._bar.set_postfix_str(
+            f" loss {row['loss']:.3f}, {row['samples_per_s']:.1f} samples/s, "
+            f"data wait {100 * row['data_wait']:.0f} %,",
+            refresh=False,
+        )
+        if self._board is not None:
+            for name, value in row.items():
+                if name != "step":
+                    self._board.add_scalar(name, value, row["step"])
+
+    def sync(self) -> None:
+        """Wait until every row is on the disk: no checkpoint may know more steps than the log."""
+        os.fsync(self._file.fileno())
+
+
+def _step_of(row: bytes) -> float:
+    """Return the step of a row, infinity for one that was cut short by a kill."""
+    try:
+        return int(json.loads(row)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")

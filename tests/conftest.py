@@ -1,0 +1,37 @@
+"""One thread, the Triton interpreter where there is no GPU, real CT where it is present."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+# Before any kernel is imported: without a device the kernels run in Triton's interpreter.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+torch.set_num_threads(1)  # the thread count changes the bits of a sum
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available() or os.environ.get("TAPCT_REQUIRE_GPU") == "1":
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no CUDA device; not measured here"))
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def real_ct() -> Path:
+    """Folder of real CT; tests that need it skip where it is absent."""
+    folder = Path(os.environ.get("TAPCT_TEST_DATA", REPOSITORY / ".." / "shared" / "data" / "ct"))
+    if not (folder / "nifti").is_dir():
+        pytest.skip("no real CT: set TAPCT_TEST_DATA to a folder with nifti/ and dicom/")
+    return folder

@@ -1,0 +1,257 @@
+"""Shape suffixes: V views, B samples, N = V * B global views, L tokens, M masked tokens."""
+
+import dataclasses
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tapct_fast.config import (
+    Config,
+    CropConfig,
+    MaskConfig,
+    TrainConfig,
+    ViewGroupConfig,
+    ViewsConfig,
+    VitConfig,
+)
+from tapct_fast.data.crops import crop_at
+from tapct_fast.data.masks import masked_counts
+from tapct_fast.data.pipeline import ViewBatch, ViewPipeline
+from tapct_fast.data.reference import render
+from tapct_fast.data.rng import Stream, generator
+from tapct_fast.data.views import draw_views
+from tapct_fast.errors import StoreError
+from tapct_fast.io.nifti import write_nifti
+from tapct_fast.io.store import Store, pack
+
+CONFIG = Config(
+    crops=CropConfig(extent_mm_zyx=(50.0, 60.0, 60.0)),
+    views=ViewsConfig(
+        global_views=ViewGroupConfig(
+            num=2, size_zyx=(8, 32, 32), in_plane_scale=(0.3, 1.0), depth_scale=(0.5, 1.0)
+        ),
+        local_views=ViewGroupConfig(
+            num=3, size_zyx=(4, 16, 16), in_plane_scale=(0.05, 0.3), depth_scale=(0.2, 0.5)
+        ),
+    ),
+    masks=MaskConfig(prob=0.5, ratio=(0.1, 0.5)),
+    vit=VitConfig(dim=64, depth=1, image_zyx=(8, 32, 32)),
+    train=TrainConfig(num_steps=6, batch_size=4, accumulate=2, seed=11),
+)
+
+
+def with_train(**changes: int) -> Config:
+    return dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, **changes))
+
+
+@pytest.fixture(scope="module")
+def scans(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Balls of soft tissue in air, with noise; three shapes and spacings."""
+    folder = tmp_path_factory.mktemp("scans")
+    cases = [((20, 60, 70), (5.0, 1.0, 1.0)), ((64, 40, 40), (1.0, 2.0, 2.0))]
+    cases += [((9, 90, 80), (3.0, 0.5, 0.5)), ((3, 30, 30), (5.0, 5.0, 5.0))]
+    for i, (shape, spacing) in enumerate(cases):
+        z, y, x = np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij")
+        tissue = np.where(z**2 + y**2 + x**2 < 0.9, 40.0 + 200 * z, -1000.0)
+        hu = tissue + generator(i).normal(0, 20, shape)
+        affine = np.diag([-spacing[2], -spacing[1], spacing[0], 1.0])
+        write_nifti(folder / f"scan{i}.nii.gz", hu.astype(np.int16), affine)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def store(scans: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
+    directory = tmp_path_factory.mktemp("store")
+    assert pack([scans], directory).packed == 4
+    return Store.open(directory)
+
+
+@pytest.fixture
+def pipeline(store: Store) -> ViewPipeline:
+    return ViewPipeline(store, CONFIG, device="cpu")
+
+
+def assert_same(a: ViewBatch, b: ViewBatch) -> None:
+    for name in ViewBatch._fields:
+        left, right = getattr(a, name), getattr(b, name)
+        assert left == right if name == "num_samples" else torch.equal(left, right), name
+
+
+def view_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("views")]
+
+
+def test_a_batch_holds_the_views_of_the_samples_it_should(
+    pipeline: ViewPipeline, store: Store
+) -> None:
+    batch = pipeline.batch_at(step=3, micro=1)
+    assert batch.num_samples == 2
+    assert batch.global_VBZYX.shape == (2, 2, 8, 32, 32)
+    assert batch.local_VBZYX.shape == (3, 2, 4, 16, 16)
+    assert batch.global_VBZYX.dtype == batch.local_VBZYX.dtype == torch.float32
+    # The run is that of the scans, whatever their random ids: cases count in order of content.
+    order = sorted(range(4), key=lambda i: store.cases[i].crc32s)
+    cases = [store.cases[i] for i in order]
+    for b, index in enumerate([3 * 4 + 2, 3 * 4 + 3]):
+        crop = crop_at(cases, CONFIG.crops, seed=11, index=index)
+        hu = store.read_volume(order[crop.case]).hu_ZYX
+        z, y, x = crop.lo_zyx
+        depth, height, width = crop.shape_zyx
+        box_ZYX = torch.from_numpy(hu[z : z + depth, y : y + height, x : x + width].copy())
+        groups = [CONFIG.views.global_views, CONFIG.views.local_views]
+        for number, views in enumerate([batch.global_VBZYX, batch.local_VBZYX]):
+            table = draw_views(
+                CONFIG.views,
+                groups[number],
+                CONFIG.hu,
+                crop.shape_zyx,
+                spacing_mm=cases[crop.case].spacing_mm,
+                rng=generator(11, Stream.VIEWS, index, number),
+            )
+            expected = render(box_ZYX, table, groups[number].size_zyx, CONFIG.hu)
+            assert torch.equal(views[:, b], expected)
+
+
+def test_views_are_finite_and_differ_from_one_another(pipeline: ViewPipeline) -> None:
+    views = [
+        view
+        for step in range(6)
+        for micro in range(2)
+        for view in pipeline.batch_at(step, micro).global_VBZYX.flatten(0, 1)
+    ]
+    assert all(torch.isfinite(view).all() for view in views)
+    assert all(view.std() > 0 for view in views)
+    assert all(not torch.equal(a, b) for i, a in enumerate(views) for b in views[:i])
+
+
+def test_masked_tokens_are_listed_ascending_with_one_over_their_number(
+    pipeline: ViewPipeline,
+) -> None:
+    total = sum(masked_counts(CONFIG.masks, 4, 2 * 4 * 4))
+    for step in range(12):
+        batch = pipeline.batch_at(step, 0)
+        mask_NL = batch.mask_NL.numpy()
+        assert mask_NL.shape == (4, 32)
+        index_M, weight_M = batch.masked_index_M.numpy(), batch.masked_weight_M.numpy()
+        assert index_M.dtype == np.int64
+        assert weight_M.dtype == np.float32
+        assert index_M.tolist() == [i for i, m in enumerate(mask_NL.ravel()) if m]
+        assert len(index_M) == total  # a constant of the run
+        image_M = index_M // 32
+        np.testing.assert_allclose(weight_M, 1 / mask_NL.sum(1)[image_M], rtol=1e-6)
+    assert len({pipeline.batch_at(s, 0).mask_NL.numpy().tobytes() for s in range(5)}) == 5
+
+
+def test_a_run_without_masks_lists_none(store: Store) -> None:
+    config = dataclasses.replace(CONFIG, masks=MaskConfig(prob=0.0))
+    batch = ViewPipeline(store, config, device="cpu").batch_at(0, 0)
+    assert not batch.mask_NL.any()
+    assert batch.masked_index_M.shape == batch.masked_weight_M.shape == (0,)
+
+
+def test_a_batch_is_a_function_of_seed_step_and_micro_alone(store: Store) -> None:
+    first, second = (ViewPipeline(store, CONFIG, device="cpu") for _ in range(2))
+    ahead = second.batch_at(5, 1)
+    assert_same(second.batch_at(2, 1), first.batch_at(2, 1))
+    assert_same(first.batch_at(5, 1), ahead)
+    other = ViewPipeline(store, with_train(seed=12), device="cpu").batch_at(2, 1)
+    assert not torch.equal(other.global_VBZYX, first.batch_at(2, 1).global_VBZYX)
+
+
+def test_samples_do_not_depend_on_the_micro_batch_they_fall_into(store: Store) -> None:
+    whole = ViewPipeline(store, with_train(accumulate=1), device="cpu").batch_at(4, 0)
+    for accumulate in (2, 4):
+        pipeline = ViewPipeline(store, with_train(accumulate=accumulate), device="cpu")
+        parts = [pipeline.batch_at(4, micro) for micro in range(accumulate)]
+        for name in ("global_VBZYX", "local_VBZYX"):
+            joined = torch.cat([getattr(part, name) for part in parts], dim=1)
+            assert torch.equal(joined, getattr(whole, name))
+
+
+def test_the_same_scans_packed_again_give_the_same_batches(
+    scans: Path, pipeline: ViewPipeline, tmp_path: Path
+) -> None:
+    pack([scans], tmp_path / "again")
+    again = ViewPipeline(Store.open(tmp_path / "again"), CONFIG, device="cpu")
+    for step in range(3):
+        assert_same(again.batch_at(step, 0), pipeline.batch_at(step, 0))
+
+
+def test_the_stream_gives_every_batch_from_its_start_to_the_end(pipeline: ViewPipeline) -> None:
+    places = [(step, micro) for step in range(4, 6) for micro in range(2)]
+    streamed = list(pipeline.stream(4))
+    assert len(streamed) == len(places)
+    for (batch, wait_seconds), place in zip(streamed, places, strict=True):
+        assert_same(batch, pipeline.batch_at(*place))
+        assert wait_seconds >= 0
+    assert list(pipeline.stream(6)) == []
+    assert view_threads() == []
+
+
+def test_the_stream_prepares_two_batches_ahead_in_one_thread_and_no_more(
+    pipeline: ViewPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[tuple[int, int]] = []
+    names, arrived = set(), threading.Semaphore(0)
+    batch_at = pipeline.batch_at
+
+    def recorded(step: int, micro: int) -> ViewBatch:
+        started.append((step, micro))
+        names.add(threading.current_thread().name)
+        batch = batch_at(step, micro)
+        arrived.release()
+        return batch
+
+    monkeypatch.setattr(pipeline, "batch_at", recorded)
+    stream = pipeline.stream(0)
+    next(stream)
+    for _ in range(3):
+        assert arrived.acquire(timeout=30)
+    assert not arrived.acquire(timeout=0.2)
+    assert started == [(0, 0), (0, 1), (1, 0)]
+    assert names == {"views_0"}
+    stream.close()
+
+
+def test_closing_the_stream_ends_its_thread_and_leaves_torch_alone(pipeline: ViewPipeline) -> None:
+    threads = torch.get_num_threads()
+    stream = pipeline.stream(0)
+    next(stream)
+    assert len(view_threads()) == 1
+    stream.close()
+    assert view_threads() == []
+    assert torch.get_num_threads() == threads
+
+
+def test_a_damaged_case_is_raised_where_the_batch_is_used(scans: Path, tmp_path: Path) -> None:
+    pack([scans], tmp_path / "store")
+    store = Store.open(tmp_path / "store")
+    for record in store.cases:
+        path = store.directory / record.file
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 0xFF
+        path.write_bytes(data)
+    stream = ViewPipeline(store, CONFIG, device="cpu").stream(0)
+    with pytest.raises(StoreError, match="case-"):
+        list(stream)
+    assert view_threads() == []
+
+
+def test_an_empty_store_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="pack scans"):
+        ViewPipeline(Store(tmp_path, (), "lz4hc", ""), CONFIG, device="cpu")
+
+
+def test_real_ct_becomes_views_in_the_range_of_the_contract(real_ct: Path, tmp_path: Path) -> None:
+    assert pack([real_ct / "nifti" / "ts_ct_3mm_int32.nii.gz"], tmp_path).packed == 1
+    views = dataclasses.replace(CONFIG.views, noise_prob=0.0)
+    config = dataclasses.replace(CONFIG, views=views, crops=CropConfig())
+    batch = ViewPipeline(Store.open(tmp_path), config, device="cpu").batch_at(0, 0)
+    low, high = ((end - config.hu.mean) / config.hu.std for end in config.hu.clip)
+    for view in [*batch.global_VBZYX.flatten(0, 1), *batch.local_VBZYX.flatten(0, 1)]:
+        assert view.min() >= low - 1e-5
+        assert view.max() <= high + 1e-5
+    assert batch.global_VBZYX.std() > 0.3  # air and tissue: 0.3 is 97 HU

@@ -1,0 +1,301 @@
+"""The store returns what was packed, bit for bit, or says what is damaged.
+
+Shape suffixes: Z Y X voxels.
+"""
+
+import dataclasses
+import hashlib
+import json
+import pickle
+import shutil
+import stat
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import blosc2
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from tapct_fast import _native
+from tapct_fast.errors import InputError, StoreError
+from tapct_fast.io.nifti import write_nifti
+from tapct_fast.io.read import read_volume
+from tapct_fast.io.store import HU_RANGE, PackReport, Store, locate, pack
+
+AFFINE = np.diag([-0.8, -0.7, 2.5, 1.0])
+SHAPE_ZYX = (19, 150, 140)  # two chunks per axis, both ragged
+
+
+def scan(seed: int, shape_zyx: tuple[int, int, int] = SHAPE_ZYX) -> npt.NDArray[np.int16]:
+    z, y, x = np.indices(shape_zyx)
+    hu = 1500 * np.sin(z / 5 + seed) * np.cos(y / 17) + 900 * np.sin(x / 11) - 300
+    noise = np.random.default_rng(seed).normal(0, 20, shape_zyx)
+    return (hu + noise).astype(np.int16)
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sources")
+    for seed in range(2):
+        write_nifti(folder / f"DOE^JOHN_{seed}.nii", scan(seed), AFFINE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def packed(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished store; tests that change it copy it."""
+    directory = tmp_path_factory.mktemp("packed") / "store"
+    assert pack([sources], directory) == PackReport(packed=2, skipped=0, quarantined=0)
+    return directory
+
+
+@pytest.fixture
+def store_copy(packed: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(packed, tmp_path / "copy"))
+
+
+@pytest.mark.parametrize("codec", ["lz4hc", "zstd"])
+def test_a_packed_scan_comes_back_bit_for_bit(sources: Path, tmp_path: Path, codec: str) -> None:
+    pack([sources], tmp_path / "store", codec=codec)  # type: ignore[arg-type]
+    store = Store.open(tmp_path / "store")
+    assert store.codec == codec
+    assert len(store.cases) == 2
+    for case, record in enumerate(store.cases):
+        volume = store.read_volume(case)
+        source = read_volume(locate(store.directory, record.case, [sources]))
+        np.testing.assert_array_equal(volume.hu_ZYX, np.clip(source.hu_ZYX, *HU_RANGE))
+        np.testing.assert_array_equal(volume.affine, source.affine)
+        assert volume.spacing_mm == source.spacing_mm == record.spacing_mm
+        assert record.shape_zyx == SHAPE_ZYX
+
+
+def test_values_are_clipped_to_the_stores_range(tmp_path: Path) -> None:
+    hu_ZYX = scan(0, (4, 20, 20))
+    hu_ZYX[0, 0, :3] = (-3024, 4000, -1025)
+    write_nifti(tmp_path / "scan.nii", hu_ZYX, AFFINE)
+    pack([tmp_path / "scan.nii"], tmp_path / "store")
+    volume = Store.open(tmp_path / "store").read_volume(0)
+    assert volume.hu_ZYX[0, 0, :3].tolist() == [-1024, 3071, -1024]
+
+
+def test_any_box_equals_the_slice_of_the_whole(packed: Path) -> None:
+    store = Store.open(packed)
+    whole_ZYX = store.read_volume(0).hu_ZYX
+    rng = np.random.default_rng(0)
+    for _ in range(40):
+        lo = [int(rng.integers(0, n)) for n in SHAPE_ZYX]
+        shape = [
+            int(rng.integers(1, n - start + 1)) for n, start in zip(SHAPE_ZYX, lo, strict=True)
+        ]
+        box = tuple(slice(start, start + n) for start, n in zip(lo, shape, strict=True))
+        np.testing.assert_array_equal(store.read_box(0, lo, shape), whole_ZYX[box])
+
+
+def test_another_blosc2_reader_opens_the_volumes(packed: Path) -> None:
+    store = Store.open(packed)
+    array = blosc2.open(str(packed / store.cases[1].file), mode="r")
+    np.testing.assert_array_equal(array[:], store.read_volume(1).hu_ZYX)
+    assert array.chunks == (16, 128, 128)
+    assert array.blocks == (4, 64, 64)
+
+
+def test_boxes_outside_the_volume_are_errors(packed: Path) -> None:
+    store = Store.open(packed)
+    for lo, shape in [((-1, 0, 0), (2, 2, 2)), ((0, 0, 139), (1, 1, 2)), ((0, 0, 0), (0, 1, 1))]:
+        with pytest.raises(StoreError, match=r"exceeds case-.*clip the box"):
+            store.read_box(0, lo, shape)
+
+
+def test_threads_and_processes_share_a_store(packed: Path) -> None:
+    store = pickle.loads(pickle.dumps(Store.open(packed)))
+    whole_ZYX = store.read_volume(0).hu_ZYX
+    with ThreadPoolExecutor(4) as pool:
+        slices = list(pool.map(lambda z: store.read_box(0, (z, 0, 0), (1, 150, 140)), range(19)))
+    np.testing.assert_array_equal(np.concatenate(slices), whole_ZYX)
+
+
+def test_ids_hide_the_source_and_differ_between_stores(
+    packed: Path, sources: Path, tmp_path: Path
+) -> None:
+    key = packed / ".key"
+    assert stat.S_IMODE(key.stat().st_mode) == 0o600
+    for path in packed.rglob("*"):
+        assert "DOE" not in path.name
+        assert path.is_dir() or b"DOE" not in path.read_bytes()
+    pack([sources], tmp_path / "other")
+    here = {record.case for record in Store.open(packed).cases}
+    there = {record.case for record in Store.open(tmp_path / "other").cases}
+    assert here.isdisjoint(there)
+    found = {locate(packed, case, [sources]).name for case in here}
+    assert found == {"DOE^JOHN_0.nii", "DOE^JOHN_1.nii"}
+    with pytest.raises(InputError, match="none of these sources"):
+        locate(packed, next(iter(there)), [sources])
+
+
+def test_packing_again_packs_only_what_is_missing(store_copy: Path, sources: Path) -> None:
+    before = Store.open(store_copy).fingerprint
+    assert pack([sources], store_copy) == PackReport(packed=0, skipped=2, quarantined=0)
+    assert Store.open(store_copy).fingerprint == before
+    # An interrupted run leaves voxels without a record, temporary files and no index.
+    next((store_copy / "cases").glob("*.json")).unlink()
+    (store_copy / "cases" / ".case-x.b2nd.1234.tmp").write_bytes(b"half")
+    (store_copy / "index.json").unlink()
+    assert pack([sources], store_copy) == PackReport(packed=1, skipped=1, quarantined=0)
+    assert Store.open(store_copy).fingerprint == before
+
+
+def test_bad_inputs_are_listed_and_the_rest_goes_on(sources: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(sources, tmp_path / "mixed"))
+    whole = (folder / "DOE^JOHN_0.nii").read_bytes()
+    (folder / "cut.nii").write_bytes(whole[:-100])
+    write_nifti(folder / "mask.nii.gz", (scan(0) > 0).astype(np.uint8), AFFINE)
+    store = tmp_path / "store"
+    assert pack([folder], store) == PackReport(packed=2, skipped=0, quarantined=2)
+    rows = [json.loads(line) for line in (store / "quarantine.jsonl").read_text().splitlines()]
+    assert {row["field"] for row in rows} == {"dim", "HU"}
+    assert {locate(store, row["case"], [folder]).name for row in rows} == {"cut.nii", "mask.nii.gz"}
+    assert "cut" not in (store / "quarantine.jsonl").read_text()
+    assert len(Store.open(store).cases) == 2
+    # Mended, it is packed in the next run and leaves the list; the mask is refused again.
+    (folder / "cut.nii").write_bytes(whole)
+    assert pack([folder], store) == PackReport(packed=1, skipped=2, quarantined=1)
+    assert pack([folder / "cut.nii"], store) == PackReport(packed=0, skipped=1, quarantined=0)
+    rows = [json.loads(line) for line in (store / "quarantine.jsonl").read_text().splitlines()]
+    assert [row["field"] for row in rows] == ["HU"]
+    assert pack([folder], store, check_hu=False) == PackReport(packed=1, skipped=3, quarantined=0)
+    assert (store / "quarantine.jsonl").read_text() == ""
+
+
+def test_200_flipped_bits_and_64_truncations_of_a_volume_are_detected(store_copy: Path) -> None:
+    store = Store.open(store_copy)
+    path = store_copy / store.cases[0].file
+    whole = path.read_bytes()
+    rng = np.random.default_rng(0)
+    # The header and the offsets at the end are small; aim at them as often as at the voxels.
+    bits = [*rng.choice(8 * 200, 70, replace=False), *rng.integers(0, 8 * len(whole), 60)]
+    bits += [*(8 * len(whole) - 1 - rng.choice(8 * 150, 70, replace=False))]
+    for bit in map(int, bits):
+        _overwrite(path, bit // 8, bytes([whole[bit // 8] ^ 1 << bit % 8]))
+        with pytest.raises(StoreError, match=r"case-.*damaged.*pack again"):
+            store.read_volume(0)
+        _overwrite(path, bit // 8, whole[bit // 8 : bit // 8 + 1])
+    store.verify()
+    for size in sorted(np.linspace(0, len(whole) - 1, 64).astype(int).tolist(), reverse=True):
+        with path.open("r+b") as file:
+            file.truncate(size)
+        with pytest.raises(StoreError, match="damaged"):
+            store.read_volume(0)
+    path.unlink()
+    with pytest.raises(StoreError, match="No such file"):
+        store.verify()
+
+
+def _overwrite(path: Path, offset: int, data: bytes) -> None:
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(data)
+
+
+@pytest.mark.parametrize("name", ["index.json", "cases/*.json"])
+def test_200_flipped_bits_and_64_truncations_of_a_record_are_detected(
+    store_copy: Path, sources: Path, name: str
+) -> None:
+    path = next(store_copy.glob(name))
+    whole = path.read_bytes()
+    before = Store.open(store_copy)
+    damaged = [whole[:size] for size in np.linspace(0, len(whole) - 2, 64).astype(int)]
+    for bit in np.random.default_rng(0).choice(8 * len(whole), 200, replace=False).tolist():
+        data = bytearray(whole)
+        data[bit // 8] ^= 1 << bit % 8
+        damaged.append(bytes(data))
+    num_refused = 0
+    for data in damaged:
+        _overwrite(path, 0, data.ljust(len(whole)))  # trailing blanks are no part of JSON
+        try:
+            if name.startswith("cases"):  # the index is rebuilt from the records
+                pack([sources], store_copy)
+            assert Store.open(store_copy) == before  # a flipped blank between two values
+        except StoreError:
+            num_refused += 1
+    assert num_refused >= 0.9 * len(damaged)
+
+
+def test_a_damaged_index_is_rebuilt_by_packing_again(store_copy: Path, sources: Path) -> None:
+    before = Store.open(store_copy)
+    (store_copy / "index.json").write_text("{")
+    with pytest.raises(StoreError, match="tapct-fast pack"):
+        Store.open(store_copy)
+    pack([sources], store_copy)
+    assert Store.open(store_copy) == before
+
+
+def test_a_store_of_another_version_or_codec_is_refused(store_copy: Path, sources: Path) -> None:
+    with pytest.raises(StoreError, match="packed as lz4hc"):
+        pack([sources], store_copy, codec="zstd")
+    index = json.loads((store_copy / "index.json").read_text())
+    (store_copy / "index.json").write_text(json.dumps(index | {"version": 2}))
+    message = "written by store version 2; this tapct_fast reads 1: pack again"
+    with pytest.raises(StoreError, match=message):
+        Store.open(store_copy)
+    with pytest.raises(StoreError, match=message):
+        pack([sources], store_copy)
+    (store_copy / "index.json").write_text('{"format": "other"}')
+    with pytest.raises(StoreError, match="not a tapct store"):
+        Store.open(store_copy)
+
+
+def test_what_cannot_be_packed_at_all_is_an_error(sources: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="codec='zfp'"):
+        pack([sources], tmp_path / "a", codec="zfp")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="input 1"):
+        pack([tmp_path / "none"], tmp_path / "a")
+    with pytest.raises(StoreError, match="index"):
+        Store.open(tmp_path / "a")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="cannot be written"):
+        pack([sources], tmp_path / "file")
+
+
+def test_the_checksums_of_another_case_do_not_fit(packed: Path) -> None:
+    store = Store.open(packed)
+    first, second = store.cases
+    mixed = dataclasses.replace(store, cases=(first._replace(crc32s=second.crc32s), second))
+    with pytest.raises(StoreError, match="damaged"):
+        mixed.read_box(0, (0, 0, 0), (1, 1, 1))
+
+
+def test_a_crafted_record_cannot_point_outside_its_store(store_copy: Path) -> None:
+    index = json.loads((store_copy / "index.json").read_text())
+    del index["sha256"]
+    index["cases"][0] |= {"case": "../../x", "file": "cases/../../x.b2nd"}
+    text = json.dumps(index, sort_keys=True, separators=(",", ":"))
+    index["sha256"] = hashlib.sha256(text.encode()).hexdigest()
+    (store_copy / "index.json").write_text(json.dumps(index))
+    with pytest.raises(StoreError, match="outside its store"):
+        Store.open(store_copy)
+
+
+def test_native_arguments_are_checked(tmp_path: Path) -> None:
+    path = str(tmp_path / "v.b2nd")
+    box = ((16, 128, 128), (4, 64, 64))
+    for array in (np.zeros((2, 2, 2)), np.zeros((4, 4, 4), np.int16)[:, ::2]):
+        with pytest.raises(TypeError):
+            _native.write_b2nd(path, array, "lz4hc", 5, *box)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="three axes"):
+        _native.write_b2nd(path, np.zeros((2, 2), np.int16), "lz4hc", 5, *box)
+    with pytest.raises(ValueError, match="positive"):
+        _native.read_box(path, [0], (0, 0, 0), (1 << 40, 1 << 40, 1))
+
+
+def test_real_scans_pack_and_read_back(real_ct: Path, tmp_path: Path) -> None:
+    names = ["ts_ct_sm_int16", "sts003_ct_f32_qform"]
+    scans = [real_ct / "nifti" / f"{name}.nii.gz" for name in names]
+    refused = real_ct / "nifti" / "ct_pitch_oblique_uint8.nii.gz"
+    report = pack([*scans, refused, real_ct / "dicom" / "sts004_implicit_40slices"], tmp_path / "s")
+    assert report == PackReport(packed=3, skipped=0, quarantined=1)
+    store = Store.open(tmp_path / "s")
+    for case, record in enumerate(store.cases):
+        source = locate(tmp_path / "s", record.case, [real_ct])
+        expected = np.clip(read_volume(source).hu_ZYX, *HU_RANGE)
+        np.testing.assert_array_equal(store.read_volume(case).hu_ZYX, expected)

@@ -1,0 +1,135 @@
+"""The gather with LayerNorm, its kernels and its gradients against formulas in float64."""
+
+from typing import Any
+
+import pytest
+import torch
+from tapct_kernels import masked_gather, masked_gather_ref
+from tapct_kernels.masked_gather import _backward_ref, _backward_triton, _forward_triton
+from torch import Tensor
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # the interpreter takes CPU tensors
+EPS = 1e-6
+
+
+def sample(
+    width: int, num_listed: int, *, dtype: torch.dtype = torch.float32, num_prefix: int = 3
+) -> list[Any]:
+    """Three views of seven patches; the listed ones in no order, each once."""
+    generator = torch.Generator().manual_seed(2)
+    x_NTD = 2 * torch.randn(3, num_prefix + 7, width, generator=generator) + 0.5
+    index_M = torch.randperm(21, generator=generator)[:num_listed]
+    weight_D, bias_D = torch.randn(2, width, generator=generator)
+    return [x_NTD.to(dtype), index_M, weight_D.to(dtype), bias_D.to(dtype), num_prefix, EPS]
+
+
+def on_device(inputs: list[Any]) -> list[Any]:
+    return [i.to(DEVICE) if isinstance(i, Tensor) else i for i in inputs]
+
+
+@pytest.fixture
+def _nan_outputs() -> Any:
+    """Fill new tensors with NaN, so that a row the kernel forgets shows."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.zeros(1).new_empty(4).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("num_prefix", [0, 1, 5])
+def test_op_matches_the_formula_in_float64(num_prefix: int) -> None:
+    x_NTD, index_M, weight_D, bias_D, *_ = inputs = sample(20, 9, num_prefix=num_prefix)
+    rows = [x_NTD[i // 7, num_prefix + i % 7].double() for i in index_M.tolist()]
+    expected = [
+        (row - row.mean()) / (row.var(correction=0) + EPS).sqrt() * weight_D + bias_D
+        for row in rows
+    ]
+    # 1e-5: float32 statistics of 20 values of order 1
+    torch.testing.assert_close(
+        masked_gather(*inputs).double(), torch.stack(expected), rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.usefixtures("_nan_outputs")
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float16, 1e-3)])
+@pytest.mark.parametrize(
+    ("width", "num_listed"), [(48, 9), (64, 8), (100, 21), (5, 1), (16, 0)], ids=str
+)
+def test_kernels_match_the_eager_definition(
+    width: int, num_listed: int, dtype: torch.dtype, tolerance: float
+) -> None:
+    inputs = on_device(sample(width, num_listed, dtype=dtype))
+    expected = masked_gather_ref(*inputs)
+    torch.testing.assert_close(_forward_triton(*inputs), expected, rtol=tolerance, atol=tolerance)
+
+    grad = torch.randn_like(expected)
+    x_NTD, index_M, weight_D, _, num_prefix, eps = inputs
+    arguments = (grad, x_NTD, index_M, weight_D, num_prefix, eps)
+    for found, wanted in zip(_backward_triton(*arguments), _backward_ref(*arguments), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=tolerance, atol=2 * tolerance)
+
+
+def test_gradients_match_finite_differences_in_float64() -> None:
+    x_NTD, index_M, weight_D, bias_D, *rest = sample(6, 5, dtype=torch.float64)
+    leaves = tuple(t.requires_grad_() for t in (x_NTD, weight_D, bias_D))
+    assert torch.autograd.gradcheck(
+        lambda x, weight, bias: masked_gather(x, index_M, weight, bias, *rest), leaves
+    )
+
+
+def test_unlisted_rows_get_no_gradient() -> None:
+    x_NTD, index_M, *rest = sample(8, 4)
+    x_NTD.requires_grad_()
+    masked_gather(x_NTD, index_M, *rest).square().sum().backward()
+    has_grad_NL = x_NTD.grad[:, 3:].abs().sum(-1) > 0
+    assert has_grad_NL.flatten().nonzero().flatten().tolist() == sorted(index_M.tolist())
+    assert x_NTD.grad[:, :3].abs().sum() == 0
+
+
+@pytest.mark.parametrize("layout", ["compact", "transposed", "stride 0"])
+def test_op_passes_opcheck(layout: str) -> None:
+    inputs = sample(6, 5)
+    if layout == "transposed":
+        inputs[0] = inputs[0].transpose(0, 2).contiguous().transpose(0, 2)
+    elif layout == "stride 0":
+        inputs[0] = inputs[0][:1].expand(3, -1, -1)
+    for i in (0, 2, 3):
+        inputs[i] = inputs[i].detach().requires_grad_()
+    torch.library.opcheck(masked_gather, tuple(inputs))
+
+
+def test_op_compiles_to_one_graph_with_equal_gradients() -> None:
+    inputs = sample(16, 5)
+    leaves = [inputs[i].requires_grad_() for i in (0, 2, 3)]
+
+    def loss_of(*arguments: Any) -> Tensor:
+        return masked_gather(*arguments).square().mean()
+
+    expected = torch.autograd.grad(loss_of(*inputs), leaves)
+    compiled = torch.compile(loss_of, fullgraph=True, backend="aot_eager")
+    found = torch.autograd.grad(compiled(*inputs), leaves)
+    for grad, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(grad, wanted, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("position", "value", "message"),
+    [
+        (1, torch.zeros(3, dtype=torch.int32), "not int64"),
+        (2, torch.zeros(7), "have shapes"),
+        (4, 10, "leaves no patch"),
+    ],
+)
+def test_wrong_arguments_are_named(position: int, value: Any, message: str) -> None:
+    inputs = sample(8, 4)
+    inputs[position] = value
+    with pytest.raises(ValueError, match=message):
+        masked_gather(*inputs)
+
+
+@pytest.mark.gpu
+def test_kernels_in_bfloat16_err_at_most_twice_as_much_as_eager() -> None:
+    inputs = on_device(sample(768, 21, dtype=torch.bfloat16))
+    exact = masked_gather_ref(*(i.double() if i is inputs[0] else i for i in inputs))
+    eager_error = (masked_gather_ref(*inputs).double() - exact).abs().max()
+    assert (masked_gather(*inputs).double() - exact).abs().max() <= 2 * eager_error

@@ -1,0 +1,93 @@
+"""The transformer block and the rows drop path keeps."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tapct_fast.config import VitConfig
+from tapct_fast.model.block import Block, Mlp, SwiGlu, draw_kept_rows
+
+
+def block(**settings: object) -> Block:
+    config = VitConfig(dim=16, head_dim=8, depth=1, layer_scale=0.5, **settings)
+    return Block(config).double()
+
+
+def test_mlp_and_swiglu_follow_their_formulas() -> None:
+    x = torch.randn(2, 3, 8, dtype=torch.float64)
+    mlp = Mlp(8, 12).double()
+    hidden = x @ mlp.fc1.weight.T + mlp.fc1.bias
+    gelu = hidden * 0.5 * (1 + torch.erf(hidden / 2**0.5))
+    torch.testing.assert_close(mlp(x), gelu @ mlp.fc2.weight.T + mlp.fc2.bias)
+
+    swiglu = SwiGlu(8, 12).double()
+    both = x @ swiglu.w12.weight.T + swiglu.w12.bias
+    gate, value = both[..., :12], both[..., 12:]
+    gated = gate / (1 + torch.exp(-gate)) * value
+    torch.testing.assert_close(swiglu(x), gated @ swiglu.w3.weight.T + swiglu.w3.bias)
+
+
+def test_branch_runs_on_kept_rows_only_and_is_scaled_up() -> None:
+    module = block()
+    x_BTD = torch.randn(5, 4, 16, dtype=torch.float64)
+    keep_2N = torch.tensor([[0, 2, 4], [1, 2, 3]])
+    seen: list[int] = []
+    module.attn.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    module.mlp.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    found = module(x_BTD, keep_2N=keep_2N)
+    assert seen == [3, 3]
+
+    def indicator(rows: list[int]) -> torch.Tensor:
+        return torch.isin(torch.arange(5), torch.tensor(rows)).double()[:, None, None] * 5 / 3
+
+    expected = x_BTD + indicator([0, 2, 4]) * 0.5 * module.attn(module.norm1(x_BTD))
+    expected = expected + indicator([1, 2, 3]) * 0.5 * module.mlp(module.norm2(expected))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_gradients_of_the_subset_match_finite_differences() -> None:
+    module = block()
+    x_BTD = torch.randn(3, 2, 16, dtype=torch.float64, requires_grad=True)
+    keep_2N = torch.tensor([[0, 2], [1, 2]])
+    assert torch.autograd.gradcheck(lambda x: module(x, keep_2N=keep_2N), (x_BTD,))
+
+
+def test_keeping_every_row_equals_no_drop_path() -> None:
+    module = block()
+    x_BTD = torch.randn(3, 4, 16, dtype=torch.float64)
+    torch.testing.assert_close(
+        module(x_BTD, keep_2N=torch.arange(3).expand(2, 3)), module(x_BTD), rtol=1e-14, atol=1e-14
+    )
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_block_compiles_to_one_graph(kept: bool) -> None:
+    module = block(ffn="swiglu")
+    x_BTD = torch.randn(3, 4, 16, dtype=torch.float64)
+    keep_2N = torch.tensor([[0, 2], [1, 2]]) if kept else None
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x_BTD, keep_2N=keep_2N), module(x_BTD, keep_2N=keep_2N))
+
+
+@pytest.mark.parametrize(("batch", "drop_path", "kept"), [(8, 0.3, 5), (7, 0.5, 3), (1, 0.9, 1)])
+def test_kept_rows_are_distinct_and_as_many_as_dinov2_keeps(
+    batch: int, drop_path: float, kept: int
+) -> None:
+    keep_S2N = draw_kept_rows(3, depth=6, batch=batch, drop_path=drop_path)
+    assert keep_S2N.shape == (6, 2, kept)
+    assert (keep_S2N.diff(dim=-1) > 0).all()
+    assert keep_S2N.min() >= 0
+    assert keep_S2N.max() < batch
+
+
+def test_kept_rows_depend_on_the_seed_alone_and_are_uniform() -> None:
+    first = draw_kept_rows(5, depth=2000, batch=8, drop_path=0.3)
+    torch.rand(3)
+    assert torch.equal(first, draw_kept_rows(5, depth=2000, batch=8, drop_path=0.3))
+    assert not torch.equal(first, draw_kept_rows(6, depth=2000, batch=8, drop_path=0.3))
+    assert (first[:, 0] != first[:, 1]).any()
+    share_B = F.one_hot(first.flatten(), 8).double().mean(0) * 5
+    # 5 of 8 rows, 4000 draws: five standard deviations of a binomial share
+    torch.testing.assert_close(
+        share_B, torch.full((8,), 5 / 8, dtype=torch.float64), rtol=0, atol=0.039
+    )

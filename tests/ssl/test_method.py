@@ -1,0 +1,210 @@
+"""The whole objective against full forwards and float64 numpy, and what must not influence it."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tapct_fast.config import HeadConfig, HeadsConfig, HuConfig, LossConfig, VitConfig
+from tapct_fast.data.pipeline import ViewBatch
+from tapct_fast.ssl.method import DinoMethod
+
+P_DINO, P_IBOT = 24, 40
+
+
+def small_method(*, shared: bool = False, centering: str = "sinkhorn", drop: float = 0.0):
+    dino = HeadConfig(num_prototypes=P_DINO, bottleneck_dim=8, hidden_dim=16)
+    ibot = HeadConfig(num_prototypes=P_IBOT, bottleneck_dim=8, hidden_dim=16)
+    method = DinoMethod(
+        VitConfig(dim=64, depth=2, image_zyx=(8, 16, 16), layer_scale=0.5, drop_path=drop),
+        HeadsConfig(dino=dino, ibot=None if shared else ibot),
+        LossConfig(dino_weight=0.7, ibot_weight=1.3, koleo_weight=0.2, centering=centering),
+        hu=HuConfig(),
+        seed=5,
+    )
+    with torch.no_grad():  # a teacher that is not its student, and a mask token that is seen
+        generator = torch.Generator().manual_seed(0)
+        for parameter in method.student.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return method
+
+
+def small_batch(num_samples: int = 3, *, num_local: int = 2, masked: bool = True) -> ViewBatch:
+    generator = torch.Generator().manual_seed(1)
+    views = torch.randn(2, num_samples, 8, 16, 16, generator=generator)
+    local = torch.randn(num_local, num_samples, 8, 8, 8, generator=generator)
+    mask_NL = torch.zeros(2 * num_samples, 8, dtype=torch.bool)
+    if masked:
+        mask_NL[0, [1, 4, 6]] = True
+        mask_NL[-1, [0, 2, 3, 5, 7]] = True
+    count_N1 = mask_NL.sum(1, keepdim=True).clamp(min=1)
+    return ViewBatch(
+        views,
+        local,
+        mask_NL,
+        mask_NL.flatten().nonzero().squeeze(1),
+        (1 / count_N1).expand_as(mask_NL)[mask_NL],
+        num_samples,
+    )
+
+
+def log_softmax(x: np.ndarray) -> np.ndarray:
+    x = x - x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+def sinkhorn(logits: np.ndarray, temp: float) -> np.ndarray:
+    q = np.exp(logits / temp)
+    for _ in range(3):
+        q = q / q.sum(0) / q.shape[1]
+        q = q / q.sum(1, keepdims=True) / q.shape[0]
+    return q * q.shape[0]
+
+
+def numpy_losses(method: DinoMethod, batch: ViewBatch, temp: float) -> list[float]:
+    """Norm and project every token of every view, then write the formulae out in loops."""
+    student, teacher = method.student.double(), method.teacher.double()
+
+    def project(head: torch.nn.Module, x: Tensor) -> np.ndarray:
+        return head(x).numpy()
+
+    with torch.no_grad():
+        views, local = (v.double().flatten(0, 1)[:, None] for v in batch[:2])
+        t, s = teacher.backbone(views), student.backbone(views, mask_BL=batch.mask_NL)
+        locals_cls = student.backbone(local).cls_BD
+        heads = [(n, n.dino_head, n.ibot_head or n.dino_head) for n in (student, teacher)]
+        (_, s_dino, s_ibot), (_, t_dino, t_ibot) = heads
+        B, m = batch.num_samples, batch.mask_NL
+        targets = sinkhorn(project(t_dino, t.cls_BD), temp)
+        logp = log_softmax(project(s_dino, s.cls_BD) / 0.1)
+        logp_local = log_softmax(project(s_dino, locals_cls) / 0.1)
+        patch_targets = sinkhorn(project(t_ibot, t.patches_BLD[m]), temp)
+        patch_logp = log_softmax(project(s_ibot, s.patches_BLD[m]) / 0.1)
+        cls = torch.nn.functional.normalize(s.cls_BD, dim=-1).numpy()
+    pairs = 2 + 2 * batch.local_VBZYX.shape[0]
+    dino_global = dino_local = koleo = ibot = 0.0
+    for b in range(B):
+        for view in range(2):
+            other = (1 - view) * B + b
+            dino_global -= (targets[other] * logp[view * B + b]).sum() / B / pairs
+            for v in range(batch.local_VBZYX.shape[0]):
+                row = logp_local[v * B + b]
+                dino_local -= (targets[view * B + b] * row).sum() / B / pairs
+            mine = cls[view * B : (view + 1) * B]
+            gaps = [np.linalg.norm(mine[b] - mine[j]) for j in range(B) if j != b]
+            koleo -= math.log(min(gaps) + 1e-8) / B
+    counts = m.sum(1)[m.nonzero()[:, 0]].numpy()
+    ibot = float((-(patch_targets * patch_logp).sum(-1) / counts).sum() / (2 * B))
+    total = 0.7 * (dino_global + dino_local) + 1.3 * ibot + 0.2 * koleo
+    return [total, dino_global, dino_local, ibot, koleo]
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_losses_equal_the_formulae_on_full_forwards(shared: bool) -> None:
+    method, batch = small_method(shared=shared), small_batch()
+    got = method.losses(batch, teacher_temp=0.05, drop_seed=None)
+    expected = numpy_losses(method, batch, 0.05)
+    # float32 network against float64: targets are exp(20 * logits).
+    np.testing.assert_allclose([loss.item() for loss in got], expected, rtol=2e-4)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_uniform_student_gives_ln_of_the_prototypes(shared: bool) -> None:
+    method, batch = small_method(shared=shared), small_batch(num_local=8)
+    with torch.no_grad():
+        for name, parameter in method.student.named_parameters():
+            if name.endswith("weight_g"):
+                parameter.zero_()
+    got = method.losses(batch, teacher_temp=0.05, drop_seed=None)
+    assert got.dino_global.item() == pytest.approx(math.log(P_DINO) * 2 / 18, rel=1e-5)
+    assert got.dino_local.item() == pytest.approx(math.log(P_DINO) * 16 / 18, rel=1e-5)
+    # Two of the six global views are masked.
+    patches = P_DINO if shared else P_IBOT
+    assert got.ibot.item() == pytest.approx(math.log(patches) * 2 / 6, rel=1e-5)
+
+
+def test_masked_tokens_do_not_reach_the_teacher() -> None:
+    method, batch = small_method(), small_batch()
+    unmasked = batch._replace(mask_NL=torch.zeros_like(batch.mask_NL))
+    with_mask, without = method.targets(batch, 0.05), method.targets(unmasked, 0.05)
+    assert torch.equal(with_mask.dino_VBP, without.dino_VBP)
+    assert torch.equal(with_mask.ibot_MP, without.ibot_MP)
+    # The student does see the mask token.
+    one = method.losses(batch, teacher_temp=0.05, drop_seed=None)
+    other = method.losses(unmasked, teacher_temp=0.05, drop_seed=None)
+    assert one.ibot.item() != other.ibot.item()
+
+
+def test_every_student_parameter_gets_a_gradient_and_no_teacher_parameter_does() -> None:
+    method = small_method()
+    method.losses(small_batch(), teacher_temp=0.05, drop_seed=None).total.backward()
+    without = [n for n, p in method.student.named_parameters() if p.grad is None]
+    assert without == []
+    zero = [n for n, p in method.student.named_parameters() if not p.grad.abs().sum() > 0]
+    assert zero == []
+    assert all(p.grad is None for p in method.teacher.parameters())
+
+
+def test_drop_path_is_a_function_of_its_seed_and_spares_the_teacher() -> None:
+    method, batch = small_method(drop=0.5), small_batch()
+    losses = [
+        method.losses(batch, teacher_temp=0.05, drop_seed=seed).total.item() for seed in (7, 7, 8)
+    ]
+    assert losses[0] == losses[1] != losses[2]
+    kept = small_method(drop=0.0)
+    assert torch.equal(method.targets(batch, 0.05).dino_VBP, kept.targets(batch, 0.05).dino_VBP)
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        small_batch(1),
+        small_batch(masked=False),
+        small_batch(num_local=0),
+        small_batch()._replace(
+            global_VBZYX=torch.zeros(2, 3, 8, 16, 16), local_VBZYX=torch.zeros(2, 3, 8, 8, 8)
+        ),
+    ],
+    ids=["one sample", "no masked token", "no local view", "air only"],
+)
+@pytest.mark.parametrize("centering", ["sinkhorn", "softmax"])
+def test_degenerate_batches_give_finite_losses_and_gradients(
+    batch: ViewBatch, centering: str
+) -> None:
+    method = small_method(centering=centering)
+    losses = method.losses(batch, teacher_temp=0.05, drop_seed=3)
+    losses.total.backward()
+    assert all(bool(loss.isfinite()) for loss in losses)
+    assert all(p.grad is None or p.grad.isfinite().all() for p in method.student.parameters())
+
+
+def test_the_softmax_centers_move_once_per_micro_batch() -> None:
+    method, batch = small_method(centering="softmax"), small_batch()
+    assert method.dino_center.center_P.abs().sum() == 0
+    cls_BD = method.teacher.backbone(batch.global_VBZYX.flatten(0, 1)[:, None]).cls_BD
+    mean_P = method.teacher.dino_head(cls_BD).mean(0)
+    method.losses(batch, teacher_temp=0.05, drop_seed=None)
+    torch.testing.assert_close(method.dino_center.center_P, 0.1 * mean_P)
+    method.losses(batch, teacher_temp=0.05, drop_seed=None)
+    torch.testing.assert_close(method.dino_center.center_P, 0.19 * mean_P)
+    assert method.ibot_center.center_P.abs().sum() > 0
+
+
+def test_student_and_teacher_start_equal_and_depend_on_the_seed_only() -> None:
+    one, again = (
+        DinoMethod(
+            VitConfig(dim=64, depth=1, image_zyx=(4, 8, 8)),
+            HeadsConfig(dino=HeadConfig(num_prototypes=8, bottleneck_dim=4, hidden_dim=8)),
+            LossConfig(),
+            hu=HuConfig(),
+            seed=9,
+        )
+        for _ in range(2)
+    )
+    for name, tensor in one.student.state_dict().items():
+        assert torch.equal(tensor, one.teacher.state_dict()[name])
+        assert torch.equal(tensor, again.student.state_dict()[name])
+    weights = one.student.dino_head.mlp[0].weight, one.student.ibot_head.mlp[0].weight
+    assert weights[0].shape != weights[1].shape or not torch.equal(*weights)

@@ -1,0 +1,194 @@
+import base64
+import dataclasses
+import re
+import struct
+import zlib
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tapct_fast.report import (
+    Curve,
+    Figure,
+    Interval,
+    Panel,
+    Report,
+    Score,
+    png,
+    render_report,
+    write_report,
+)
+
+VOID = {"meta", "img", "line", "circle", "polyline"}
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, text, and the tags left open."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.text = ""
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+    def all(self, tag: str, kind: str | None = None) -> list[dict[str, str | None]]:
+        return [a for t, a in self.tags if t == tag and kind in (None, a.get("class"))]
+
+
+def decode_png(data: bytes) -> np.ndarray:
+    """Independent of the writer: walks the chunks as the PNG specification lays them out."""
+    assert data[:8] == bytes([137, 80, 78, 71, 13, 10, 26, 10])
+    at, chunks = 8, {}
+    while at < len(data):
+        (size,) = struct.unpack_from(">I", data, at)
+        kind, body = data[at + 4 : at + 8], data[at + 8 : at + 8 + size]
+        (check,) = struct.unpack_from(">I", data, at + 8 + size)
+        assert check == zlib.crc32(kind + body)
+        chunks[kind] = body
+        at += 12 + size
+    assert list(chunks) == [b"IHDR", b"IDAT", b"IEND"]
+    width, height, depth, color, *_ = struct.unpack(">IIBBBBB", chunks[b"IHDR"])
+    assert (depth, color) == (8, 2)
+    rows = np.frombuffer(zlib.decompress(chunks[b"IDAT"]), np.uint8).reshape(height, 1 + 3 * width)
+    assert not rows[:, 0].any()
+    return rows[:, 1:].reshape(height, width, 3)
+
+
+@pytest.fixture
+def picture(rng: np.random.Generator) -> np.ndarray:
+    return rng.integers(0, 256, (5, 7, 3), np.uint8)
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+@pytest.fixture
+def report(picture: np.ndarray) -> Report:
+    return Report(
+        title="tapct_fast demo",
+        lead="A tiny backbone.",
+        tiles=[("Time", "12 s", "two cores")],
+        figures_text="Slices.",
+        figures=[Figure("scan 1", [[Panel("axial", picture, (100.0, 140.0))]])],
+        legend=[("liver", (1, 2, 255))],
+        curves_text="Losses.",
+        curves=[Curve("DINO", [0, 1, 2, 3], [6.3, 6.1, 6.0, 5.5], 6.2383, "uniform: ln 512")],
+        scores_text="Dice.",
+        scores=[
+            Score(
+                "liver",
+                "spleen",
+                (1, 2, 255),
+                trained=Interval(0.8, 0.7, 0.9),
+                untrained=Interval(0.25, 0.2, 0.3),
+            )
+        ],
+        stages=[("train", 9.0), ("probe", 3.0)],
+        facts=[("torch", "2.11")],
+        limits=["Not a medical device."],
+    )
+
+
+def test_png_decodes_to_the_same_pixels(picture: np.ndarray) -> None:
+    assert np.array_equal(decode_png(png(picture)), picture)
+
+
+def test_the_page_is_well_formed_and_shows_everything(report: Report, picture: np.ndarray) -> None:
+    page = Page(render_report(report))
+    assert not page.open
+    for text in ("scan 1", "axial", "0.80", "0.70 to 0.90", "0.25", "9.0 s", "2.11", "medical"):
+        assert text in page.text
+    (image,) = page.all("img")
+    prefix, data = (image["src"] or "").split(",", 1)
+    assert prefix == "data:image/png;base64"
+    assert np.array_equal(decode_png(base64.b64decode(data)), picture)
+    assert "aspect-ratio:140/100" in (image["style"] or "")
+
+
+def test_the_page_refers_to_nothing_outside(report: Report) -> None:
+    text = render_report(report)
+    page = Page(text)
+    assert not {"script", "link", "iframe"} & {tag for tag, _ in page.tags}
+    assert not re.search(r"https?:|@import|url\(|file:", text)
+    assert all((a.get("src") or "data:").startswith("data:") for _, a in page.tags)
+
+
+def test_text_cannot_become_markup(report: Report) -> None:
+    evil = '<script>alert("x")</script>&'
+    figure = Figure(evil, [[report.figures[0].rows[0][0]._replace(caption=evil)]])
+    text = render_report(
+        dataclasses.replace(
+            report,
+            title=evil,
+            lead=evil,
+            tiles=[(evil, evil, evil)],
+            figures=[figure],
+            legend=[(evil, (0, 0, 0))],
+            curves=[report.curves[0]._replace(title=evil, uniform_text=evil)],
+            scores=[report.scores[0]._replace(name=evil, beside=evil)],
+            stages=[(evil, 1.0)],
+            facts=[(evil, evil)],
+            limits=[evil],
+            figures_text=evil,
+            curves_text=evil,
+            scores_text=evil,
+        )
+    )
+    assert "<script" not in text
+    page = Page(text)
+    assert not page.open
+    assert page.text.count(evil) == 20
+
+
+def test_a_curve_puts_values_and_the_uniform_constant_on_one_scale(report: Report) -> None:
+    page = Page(render_report(report))
+    (raw,) = page.all("polyline", "raw")
+    points = np.array([p.split(",") for p in (raw["points"] or "").split()], float)
+    (uniform,) = page.all("line", "uniform")
+    x, y = points.T
+    assert np.allclose(np.diff(x), x[1] - x[0], atol=0.11)  # coordinates have one decimal
+    # Linear in value, falling down the page: the third point fixes no freedom that two leave.
+    slope = (y[3] - y[0]) / (5.5 - 6.3)
+    assert slope < 0
+    assert y[1] == pytest.approx(y[0] + slope * (6.1 - 6.3), abs=0.11)
+    assert float(uniform["y1"] or 0) == pytest.approx(y[0] + slope * (6.2383 - 6.3), abs=0.11)
+
+
+def test_whiskers_stand_where_the_interval_says(report: Report) -> None:
+    page = Page(render_report(report))
+    (dot,) = page.all("circle", "trained")
+    (line,) = page.all("line", "trained")
+    ends = [float(line["x1"] or 0), float(line["x2"] or 0)]
+    assert (float(dot["cx"] or 0), *ends) == (160.0, 140.0, 180.0)
+
+
+def test_a_part_without_content_is_left_out(report: Report) -> None:
+    text = render_report(dataclasses.replace(report, scores=[], curves=[], figures=[], legend=[]))
+    assert "Linear probe" not in text
+    assert "Training" not in text
+    assert "Features" not in text
+
+
+def test_the_written_file_is_the_page(report: Report, tmp_path: Path) -> None:
+    write_report(tmp_path / "report.html", report)
+    assert (tmp_path / "report.html").read_text() == render_report(report)

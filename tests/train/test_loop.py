@@ -1,0 +1,192 @@
+"""Whole runs on a real store: exact resume, real kills, refusals."""
+
+import dataclasses
+import hashlib
+import json
+import math
+import multiprocessing
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tapct_fast.config import Config, from_json
+from tapct_fast.data.pipeline import ViewBatch, ViewPipeline
+from tapct_fast.errors import CheckpointError, InputError, StoreError, TrainError
+from tapct_fast.train.loop import choose_backend, train, uniform_loss
+
+TIMED = {"samples_per_s", "data_wait"}  # measured, not computed
+
+
+def rows(out: Path) -> list[dict[str, Any]]:
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMED} for line in lines]
+
+
+def hashes(out: Path, step: int = 6) -> dict[str, str]:
+    folder = out / "checkpoints" / f"step-{step:08d}"
+    files = [*folder.glob("*.safetensors"), folder / "config.json", folder / "state.json"]
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@pytest.fixture(scope="module")
+def finished(
+    tiny_config: Config, tiny_store: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The run that nothing interrupts."""
+    out = tmp_path_factory.mktemp("finished")
+    train(tiny_config, tiny_store, out)
+    return out
+
+
+def fail_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    batch_at = ViewPipeline.batch_at
+
+    def failing(self: ViewPipeline, at: int, micro: int) -> ViewBatch:
+        if at == step:
+            raise StoreError("the disk went away")
+        return batch_at(self, at, micro)
+
+    monkeypatch.setattr(ViewPipeline, "batch_at", failing)
+
+
+def test_a_run_writes_its_config_its_metrics_and_its_checkpoints(
+    finished: Path, tiny_config: Config, tiny_store: Path
+) -> None:
+    assert from_json(Config, (finished / "config.json").read_text()) == tiny_config
+    log = rows(finished)
+    assert [row["step"] for row in log] == [1, 2, 3, 4, 5, 6]
+    assert all(math.isfinite(value) for row in log for value in row.values())
+    names = sorted(path.name for path in (finished / "checkpoints").iterdir())
+    assert names == ["step-00000003", "step-00000006"]
+    again = train(tiny_config, tiny_store, finished)  # a finished run has nothing to do
+    assert again.checkpoint == finished / "checkpoints" / "step-00000006"
+    assert again.final_loss == log[-1]["loss"]
+    assert rows(finished) == log
+
+
+@pytest.mark.parametrize("step", [1, 3, 4])
+def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(
+    finished: Path,
+    tiny_config: Config,
+    tiny_store: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    step: int,
+) -> None:
+    with monkeypatch.context() as patch:
+        fail_at(patch, step)
+        with pytest.raises(StoreError, match="the disk went away"):
+            train(tiny_config, tiny_store, tmp_path)
+    assert len(rows(tmp_path)) == step
+    train(tiny_config, tiny_store, tmp_path)
+    assert rows(tmp_path) == rows(finished)
+    assert hashes(tmp_path) == hashes(finished)
+
+
+def test_runs_killed_at_any_time_repeat_the_uninterrupted_one_bit_for_bit(
+    tiny_config: Config, tiny_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = dataclasses.replace(tiny_config.train, checkpoint_every=2, keep_checkpoints=2)
+    config = dataclasses.replace(tiny_config, train=settings)
+    train(config, tiny_store, tmp_path / "whole")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as this process: threads change the bits of sums
+    # A server imports torch once and forks each victim from a process without threads.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["tapct_fast.train.loop", "torch.utils.tensorboard", "torch._dynamo"]
+    )
+    out, metrics = tmp_path / "killed", tmp_path / "killed" / "metrics.jsonl"
+    exit_codes = []
+    for num_rows in (1, 2, 3, 4, 5, 6):  # after 2, 4 and 6 rows a checkpoint is being written
+        victim = context.Process(target=train, args=(config, tiny_store, out))
+        victim.start()
+        deadline = time.monotonic() + 60
+        while victim.is_alive() and time.monotonic() < deadline:
+            if metrics.exists() and metrics.read_bytes().count(b"\n") >= num_rows:
+                break
+            time.sleep(0.001)
+        victim.kill()
+        victim.join()
+        exit_codes.append(victim.exitcode)
+    assert exit_codes[:4] == [-9] * 4
+    train(config, tiny_store, out)
+    assert rows(out) == rows(tmp_path / "whole")
+    assert hashes(out) == hashes(tmp_path / "whole")
+
+
+def test_accumulation_changes_the_micro_batches_not_the_samples(
+    finished: Path, tiny_config: Config, tiny_store: Path, tmp_path: Path
+) -> None:
+    whole = dataclasses.replace(tiny_config.train, accumulate=1, num_steps=1)
+    config = dataclasses.replace(tiny_config, train=whole)
+    train(config, tiny_store, tmp_path)
+    one, two = rows(tmp_path)[0], rows(finished)[0]
+    # Sinkhorn balances the samples of one micro-batch only: the numbers are close, not equal.
+    assert one["dino_local"] == pytest.approx(two["dino_local"], rel=0.05)
+    assert one["dino_local"] != two["dino_local"]
+
+
+def test_never_refuses_a_folder_that_holds_a_run(
+    finished: Path, tiny_config: Config, tiny_store: Path
+) -> None:
+    with pytest.raises(InputError, match="--resume auto"):
+        train(tiny_config, tiny_store, finished, resume="never")
+
+
+def test_a_finished_folder_refuses_another_config(
+    finished: Path, tiny_config: Config, tiny_store: Path
+) -> None:
+    longer = dataclasses.replace(tiny_config.train, num_steps=7)
+    before = (finished / "metrics.jsonl").read_bytes()
+    with pytest.raises(CheckpointError, match=r"train\.num_steps"):
+        train(dataclasses.replace(tiny_config, train=longer), tiny_store, finished)
+    assert (finished / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_loss_that_is_not_finite_names_the_step_and_leaves_the_last_checkpoint(
+    finished: Path,
+    tiny_config: Config,
+    tiny_store: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    batch_at = ViewPipeline.batch_at
+
+    def poisoned(self: ViewPipeline, step: int, micro: int) -> ViewBatch:
+        batch = batch_at(self, step, micro)
+        if (step, micro) == (4, 1):
+            batch.global_VBZYX[0, 0, 0, 0, 0] = torch.nan
+        return batch
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ViewPipeline, "batch_at", poisoned)
+        with pytest.raises(TrainError, match=r"step 5: not finite.*the views hold"):
+            train(tiny_config, tiny_store, tmp_path)
+    assert hashes(tmp_path, 3) == hashes(finished, 3)
+    assert rows(tmp_path) == rows(finished)[:4]
+
+
+def test_a_missing_store_and_an_unknown_device_say_the_way_out(
+    tiny_config: Config, tiny_store: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(StoreError, match="tapct-fast pack"):
+        train(tiny_config, tmp_path / "none", tmp_path / "out")
+    for device in ("gpu", "meta", "cuda:99"):
+        with pytest.raises(InputError, match="--device"):
+            train(tiny_config, tiny_store, tmp_path / "out", device=device)
+    assert not (tmp_path / "out").exists()
+
+
+def test_auto_precision_is_float32_on_the_cpu(tiny_config: Config) -> None:
+    assert choose_backend(tiny_config, "cpu") == (torch.device("cpu"), torch.float32)
+    rounded = dataclasses.replace(tiny_config.train, precision="bf16")
+    config = dataclasses.replace(tiny_config, train=rounded)
+    assert choose_backend(config, "cpu")[1] == torch.bfloat16
+
+
+def test_the_uniform_loss_is_ln_of_the_prototypes(tiny_config: Config) -> None:
+    # Batches of 2 samples have 4 global views, 2 of them masked.
+    assert uniform_loss(tiny_config) == pytest.approx(1.5 * math.log(32))
