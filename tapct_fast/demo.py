@@ -190,52 +190,42 @@ def _evaluate(
     start = init_method(config).student.backbone
     untrained = Backbone(start, trained.preprocess, dtype=trained.dtype).to(device).eval()
     volumes = [read_volume(scan) for scan, _ in phantoms]
-    labels = [read_labels(path) for _, path in phantoms]
+    maps = [read_labels(labels) for _, labels in phantoms]
     given = _readable(scans)
     with clock.stage(f"embed {len(volumes)} phantoms untrained"):
-        untrained_scans = [
-            (_embed(untrained, volume), map_) for volume, map_ in zip(volumes, labels, strict=True)
-        ]
+        untrained_features = [_embed(untrained, volume) for volume in volumes]
     with clock.stage(f"embed {len(volumes) + len(given)} scans trained"):
-        trained_scans = [
-            (_embed(trained, volume), map_) for volume, map_ in zip(volumes, labels, strict=True)
-        ]
-        given_features = [_embed(trained, volume) for _, volume in given]
-    seed = config.train.seed
+        features = [_embed(trained, volume) for volume in volumes]
+        shown = {title: Shown(volume, _embed(trained, volume)) for title, volume in given.items()}
     with clock.stage("probe"):
-        untrained_probes, trained_probes = (
-            _probe(untrained_scans, seed),
-            _probe(trained_scans, seed),
-        )
+        seed, num_classes = config.train.seed, len(LABEL_NAMES)
+        untrained_probes = _probe(list(zip(untrained_features, maps, strict=True)), seed)
+        labelled = list(zip(features, maps, strict=True))
+        trained_probes = _probe(labelled, seed)
+        fitted, to_show = labelled[:NUM_FIT], labelled[NUM_FIT:][: 1 if given else NUM_SHOWN]
+        predicted = segment(fitted, to_show, num_classes=num_classes, seed=seed)
     with clock.stage("paint"):
-        colors = fit_colors([*(features for features, _ in trained_scans), *given_features])
-        figures = [
-            scan_figure(title, Shown(volume, features), colors, LABEL_COLORS)
-            for (title, volume), features in zip(given, given_features, strict=True)
-        ]
-        for i in range(1 if given else NUM_SHOWN):
-            scan = trained_scans[NUM_FIT + i]
-            predicted_ZYX = segment(
-                trained_scans[:NUM_FIT], scan, num_classes=len(LABEL_NAMES), seed=seed
+        tokens = [Shown(*pair) for pair in zip(volumes, features, strict=True)]
+        colors = fit_colors([*tokens, *shown.values()])
+        for number, predicted_ZYX in enumerate(predicted, start=1):
+            i = NUM_FIT + number - 1
+            shown[f"phantom {number}, not seen in training"] = Shown(
+                volumes[i], features[i], maps[i].hu_ZYX, predicted_ZYX.astype(np.int16)
             )
-            shown = Shown(
-                volumes[NUM_FIT + i], scan[0], scan[1].hu_ZYX, predicted_ZYX.astype(np.int16)
-            )
-            title = f"phantom {i + 1}, not seen in training"
-            figures.append(scan_figure(title, shown, colors, LABEL_COLORS))
+        figures = [scan_figure(title, scan, colors, LABEL_COLORS) for title, scan in shown.items()]
     num_parameters = sum(p.numel() for p in trained.vit.parameters())
     return _Evaluation(untrained_probes, trained_probes, figures, num_parameters)
 
 
-def _readable(scans: Sequence[Path]) -> list[tuple[str, Volume]]:
+def _readable(scans: Sequence[Path]) -> dict[str, Volume]:
     """Read the first scans that can be read, cut to their middle slices, with a title each."""
-    given = []
+    given: dict[str, Volume] = {}
     for number, scan in enumerate(scans, start=1):
         try:
             volume = read_volume(scan)
         except FormatError:
             continue  # packing listed it with its reason
-        given.append((f"scan {number}", _middle(volume)))
+        given[f"scan {number}"] = _middle(volume)
         if len(given) == NUM_SHOWN:
             break
     return given
@@ -348,7 +338,7 @@ def _describe(
         tiles.append((f"{curve.title}, at the end", f"{last:.2f}", curve.uniform_text))
     shown = (
         "The first three principal components of the patch tokens of all scans, as red, green and "
-        "blue: tokens of like features have like colours. One square is one token. "
+        "blue: tokens of like features have like colours. One square is one token; air is black. "
     )
     if is_given:
         shown += "The given scans have no labels; the phantom below them was not seen in training. "

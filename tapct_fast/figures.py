@@ -14,6 +14,7 @@ from tapct_fast.io.volume import Volume
 from tapct_fast.report import Figure, Panel, Pixels, Rgb
 
 WINDOW = (20.0, 500.0)  # HU, centre and width: soft tissue, with fat well above black
+AIR_HU = -950.0  # lung lies above, at about -800
 RANGE_PERCENT = (1.0, 99.0)  # of the tokens; what lies beyond is clipped
 PANELS_PER_ROW = 4
 LEVELS = (0.27, 0.62)  # of the height: through the abdomen and the chest of a torso
@@ -28,12 +29,14 @@ class FeatureColors(NamedTuple):
     low_3: NDArray[np.float32]
     high_3: NDArray[np.float32]
 
-    def paint(self, features: Features) -> Pixels:
-        """Return the colours of every token, (Z, Y, X, 3) uint8."""
-        shown = (features.patches_ZYXC.numpy() - self.mean_C) @ self.axes_C3
-        unit = np.clip((shown - self.low_3) / (self.high_3 - self.low_3), 0, 1)
-        colors: Pixels = np.rint(255 * unit).astype(np.uint8)
-        return colors
+    def paint(self, scan: "Shown") -> Pixels:
+        """Return the colours of every token, (Z, Y, X, 3) uint8; tokens in air are black."""
+        shown_ZYX3 = (scan.features.patches_ZYXC.numpy() - self.mean_C) @ self.axes_C3
+        unit_ZYX3 = np.clip((shown_ZYX3 - self.low_3) / (self.high_3 - self.low_3), 0, 1)
+        # From 40: what is not air stays apart from black.
+        colors_ZYX3: Pixels = np.rint(40 + 215 * unit_ZYX3).astype(np.uint8)
+        colors_ZYX3[_is_air(scan)] = 0
+        return colors_ZYX3
 
 
 class Shown(NamedTuple):
@@ -45,9 +48,12 @@ class Shown(NamedTuple):
     predicted_ZYX: NDArray[np.int16] | None = None
 
 
-def fit_colors(features: Sequence[Features]) -> FeatureColors:
-    """Fit the first three principal components of the tokens of all scans together."""
-    tokens_NC = np.concatenate([f.patches_ZYXC.flatten(0, 2).numpy() for f in features])
+def fit_colors(scans: Sequence[Shown]) -> FeatureColors:
+    """Fit the first three principal components of the tokens of all scans, those in air left out.
+
+    Air is most of a scan: with it, the first component would only tell body from air.
+    """
+    tokens_NC = np.concatenate([s.features.patches_ZYXC.numpy()[~_is_air(s)] for s in scans])
     mean_C = tokens_NC.mean(0)
     centred_NC = tokens_NC - mean_C
     _, axes_CC = np.linalg.eigh(centred_NC.T @ centred_NC)  # ascending
@@ -57,9 +63,19 @@ def fit_colors(features: Sequence[Features]) -> FeatureColors:
     axes_C3 = axes_C3 * np.sign(largest_3)
     low_3, high_3 = np.percentile(centred_NC @ axes_C3, RANGE_PERCENT, axis=0)
     high_3 = np.maximum(high_3, low_3 + 1e-6)
-    return FeatureColors(
-        *(np.asarray(a, np.float32) for a in (mean_C, axes_C3, low_3, high_3))  # float32 throughout
-    )
+    return FeatureColors(*(np.asarray(a, np.float32) for a in (mean_C, axes_C3, low_3, high_3)))
+
+
+def _is_air(scan: Shown) -> NDArray[np.bool_]:
+    """Say of each token whether the voxels nearest to it are air on average."""
+    z, y, x = _nearest_tokens(scan.volume, scan.features)
+    grid_zyx = scan.features.patches_ZYXC.shape[:3]
+    token_ZYX = np.ravel_multi_index(np.ix_(z, y, x), grid_zyx)
+    size = int(np.prod(grid_zyx))
+    sum_L = np.bincount(token_ZYX.ravel(), scan.volume.hu_ZYX.ravel(), minlength=size)
+    count_L = np.maximum(np.bincount(token_ZYX.ravel(), minlength=size), 1)
+    is_air: NDArray[np.bool_] = (sum_L / count_L < AIR_HU).reshape(grid_zyx)
+    return is_air
 
 
 def paint_ct(
@@ -83,7 +99,7 @@ def scan_figure(
 ) -> Figure:
     """Cut two axial planes and a frontal one, each as CT, features and, where given, labels."""
     volume = shown.volume
-    tokens_ZYXC = feature_colors.paint(shown.features)
+    tokens_ZYXC = feature_colors.paint(shown)
     near = _nearest_tokens(volume, shown.features)
     num_z, num_y, _ = volume.hu_ZYX.shape
     cuts = [("axial", 0, round(level * (num_z - 1))) for level in LEVELS]

@@ -1,6 +1,8 @@
 """One thread, the Triton interpreter where there is no GPU, real CT where it is present."""
 
+import locale
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,8 +26,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _fixed_seed() -> None:
+def _isolated() -> Iterator[None]:
     torch.manual_seed(0)
+    before = locale.setlocale(locale.LC_ALL)
+    yield
+    # GDCM's DICOM writer leaves the C locale, in which torch.compile cannot read its own templates.
+    locale.setlocale(locale.LC_ALL, before)
 
 
 @pytest.fixture(scope="session")

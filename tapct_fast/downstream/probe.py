@@ -175,25 +175,30 @@ def _names(label_names: Sequence[str] | None, num_classes: int) -> tuple[str, ..
 
 
 def segment(
-    train: Sequence[Scan], scan: Scan, *, num_classes: int, seed: int = 0
-) -> NDArray[np.int64]:
-    """Return the classes that the head of ``linear_segmentation`` gives the voxels of one scan.
+    train: Sequence[Scan], scans: Sequence[Scan], *, num_classes: int, seed: int = 0
+) -> list[NDArray[np.int64]]:
+    """Return the classes that the head of ``linear_segmentation`` gives the voxels of scans.
 
     Args:
         train: As for ``linear_segmentation``.
-        scan: Its features are classified; of its label map only the grid is used.
+        scans: Their features are classified; of their label maps only the grids are used.
         num_classes: Including background.
         seed: As for ``linear_segmentation``.
 
     Returns:
-        Class numbers, ZYX, on the grid of the scan's label map.
+        Per scan class numbers, ZYX, on the grid of its label map.
 
     Raises:
-        InputError: Labels out of range, or a label map that lies outside its scan.
+        InputError: No training scans, labels out of range, or a label map that lies outside its
+            scan.
     """
-    features, labels = scan
+    if not train:
+        raise InputError("a probe needs training scans, not 0")
     head = _fit(_fit_linear, LINEAR_TOKENS, train, num_classes, seed)
-    return classify_voxels(head(features.patches_ZYXC.flatten(0, 2)), features, labels)
+    return [
+        classify_voxels(head(features.patches_ZYXC.flatten(0, 2)), features, labels)
+        for features, labels in scans
+    ]
 
 
 def _fit(

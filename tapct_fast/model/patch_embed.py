@@ -7,11 +7,11 @@ Shape suffixes: B batch, C channels (one), Z Y X voxels, L patch tokens, D width
 import math
 
 import torch
-from tapct_kernels import patch_embed
 from torch import Tensor, nn
 
 from tapct_fast.config import HuConfig, Zyx
 from tapct_fast.errors import InputError
+from tapct_kernels import patch_embed
 
 
 class PatchProjection(nn.Module):

@@ -8,7 +8,6 @@ Source: DINOv2, arXiv:2304.07193; scalings as in its ssl_meta_arch.py (Apache-2.
 from typing import NamedTuple
 
 import torch
-from tapct_kernels import masked_gather
 from torch import Tensor, nn
 
 from tapct_fast.config import HeadsConfig, HuConfig, LossConfig, VitConfig
@@ -20,6 +19,7 @@ from tapct_fast.ssl.centering import SoftmaxCenter, sinkhorn_knopp
 from tapct_fast.ssl.dino import dino_loss
 from tapct_fast.ssl.ibot import ibot_loss
 from tapct_fast.ssl.koleo import koleo_loss
+from tapct_kernels import masked_gather
 
 
 class Losses(NamedTuple):

@@ -11,13 +11,14 @@ import tempfile
 from pathlib import Path
 
 import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
 from tapct_kernels.masked_gather import _backward_kernel as gather_backward
 from tapct_kernels.masked_gather import _forward_kernel as gather_forward
 from tapct_kernels.patch_embed import _forward_kernel as patch_forward
 from tapct_kernels.patch_embed import _row_grad_kernel as patch_row_grad
 from tapct_kernels.patch_embed import _weight_grad_kernel as patch_weight_grad
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 GEOMETRY = {"R": 5, "Y": 224, "X": 224, "PZ": 4, "PY": 8, "PX": 8, "IS_HU": True, "HAS_MASK": True}
 HU = dict.fromkeys(("low", "high", "mean", "std"), "fp32")

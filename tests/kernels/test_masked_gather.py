@@ -4,9 +4,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
 from tapct_kernels import masked_gather, masked_gather_ref
 from tapct_kernels.masked_gather import _backward_ref, _backward_triton, _forward_triton
-from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # the interpreter takes CPU tensors
 EPS = 1e-6

@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from tapct_kernels import patch_embed, patch_embed_ref
 from tapct_kernels.patch_embed import _backward_ref, _backward_triton, _forward_triton
-from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # the interpreter takes CPU tensors
 HU = (-1008.0, 822.0, -86.8086, 322.6347)

@@ -1,0 +1,230 @@
+"""Every verb in one run from scans to probe; every wrong call is one line with the way out."""
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+from tapct_fast import demo, recipes
+from tapct_fast.cli import main
+from tapct_fast.config import CropConfig, HeadConfig, HeadsConfig, TrainConfig, VitConfig
+from tapct_fast.data.phantom import make_phantom
+from tapct_fast.io.nifti import write_nifti
+
+CANARY = "DOE_JANE_19700101"  # stands for a patient's name in a path
+TINY = [
+    *("--vit.dim", "64", "--vit.depth", "1", "--train.num_steps", "3", "--train.batch_size", "4"),
+    *("--heads.dino.num_prototypes", "32", "--heads.ibot", "none"),
+    *("--train.checkpoint_every", "2", "--views.local_views.num=2"),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three small phantoms with labels, and a file that is no scan."""
+    root = tmp_path_factory.mktemp("cli") / CANARY
+    (root / "scans").mkdir(parents=True)
+    for i in range(3):
+        phantom = make_phantom(1, i, shape_zyx=(16, 64, 64), spacing_mm=(12.0, 5.5, 5.5))
+        affine = phantom.volume.affine
+        write_nifti(root / "scans" / f"{i}.nii.gz", phantom.volume.hu_ZYX, affine)
+        write_nifti(root / f"labels-{i}.nii.gz", phantom.labels_ZYX.astype(np.uint8), affine)
+    (root / "scans" / "3.nii.gz").write_bytes(b"not a scan")
+    return root
+
+
+def test_every_verb_runs_from_scans_to_probe(
+    folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    store, run, backbone, features = (str(tmp_path / n) for n in ("store", "run", "bb", "feat"))
+    scans = [str(folder / "scans" / f"{i}.nii.gz") for i in range(3)]
+
+    assert main(["pack", str(folder / "scans"), store]) == 0
+    assert "packed 3, already there 0, quarantined 1" in capsys.readouterr().out
+    assert main(["pack", str(folder / "scans"), store]) == 0
+    assert "packed 0, already there 3, quarantined 1" in capsys.readouterr().out
+    (refused,) = map(json.loads, (Path(store) / "quarantine.jsonl").read_text().splitlines())
+    assert main(["locate", store, refused["case"], str(folder / "scans")]) == 0
+    assert capsys.readouterr().out.strip() == str(folder / "scans" / "3.nii.gz")
+
+    assert main(["train", "debug", store, "--out", run, "--device", "cpu", *TINY]) == 0
+    rows = [json.loads(row) for row in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert all(np.isfinite(row["loss"]) for row in rows)
+
+    assert main(["export", run, backbone]) == 0
+    assert main(["embed", backbone, *scans, "--out", features]) == 0
+    assert "embedded 3, already there 0, quarantined 0" in capsys.readouterr().out
+    assert main(["embed", backbone, *scans, "--out", features]) == 0
+    assert "embedded 0, already there 3, quarantined 0" in capsys.readouterr().out
+
+    labels = [str(folder / f"labels-{i}.nii.gz") for i in range(3)]
+    assert main(["probe", features, "--folds", "3", "--labels", *labels]) == 0
+    table = capsys.readouterr().out
+    assert "linear head" in table
+    assert "kNN" in table
+    assert "3-fold cross-validation over scans" in table
+
+    assert main(["doctor"]) == 0
+    assert re.search(r"^inflate +(libdeflate|zlib-ng) [0-9]", capsys.readouterr().out, re.M)
+
+    # What was written holds no path, hence no patient's name.
+    for path in tmp_path.rglob("*"):
+        assert CANARY not in path.name
+        assert not path.is_file() or CANARY.encode() not in path.read_bytes()
+
+
+def test_the_demo_writes_one_report_for_synthetic_and_for_given_scans(
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tiny = dataclasses.replace(
+        recipes.debug(),
+        crops=CropConfig(extent_mm_zyx=(60.0, 200.0, 200.0)),
+        vit=VitConfig(dim=64, depth=1, image_zyx=(8, 64, 64), layer_scale=0.1, drop_path=0.0),
+        heads=HeadsConfig(dino=HeadConfig(num_prototypes=32, hidden_dim=64), ibot=None),
+        train=TrainConfig(num_steps=2, batch_size=4, checkpoint_every=2, log_every=1),
+    )
+    monkeypatch.setattr(recipes, "debug", lambda: tiny)
+    for name in ("NUM_TRAIN", "NUM_FIT", "NUM_TEST"):
+        monkeypatch.setattr(demo, name, 2)
+    monkeypatch.setattr(demo, "NUM_SHOWN", 1)
+    for extra in ([], ["--ct", str(folder / "scans" / "0.nii.gz")]):
+        out = tmp_path / f"demo{len(extra)}"
+        assert main(["demo", "--out", str(out), *extra]) == 0
+        printed = capsys.readouterr().out
+        assert "right kidney" in printed
+        html = (out / "report.html").read_text()
+        assert html.count("data:image/png;base64,") >= 2
+        assert "http" not in html.replace("http://www.w3.org", "")
+        assert CANARY not in html + printed.replace(str(out), "")
+
+
+@pytest.fixture(scope="module")
+def packed(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    store = tmp_path_factory.mktemp("packed") / "store"
+    assert main(["pack", str(folder / "scans" / "0.nii.gz"), str(store)]) == 0
+    return store
+
+
+def _fails(capsys: pytest.CaptureFixture[str], words: list[str]) -> tuple[int, str]:
+    """Run a call that must fail; return its exit code and its one line."""
+    capsys.readouterr()
+    try:
+        code = main(words)
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    error = capsys.readouterr().err.strip()
+    assert "\n" not in error, error
+    assert CANARY not in error
+    return code, error
+
+
+def test_a_wrong_argument_is_one_line_and_exit_code_2(
+    folder: Path, packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    missing, store, out = str(folder / "missing.nii"), str(packed), str(tmp_path / "out")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    cases = [
+        (["packk"], "invalid choice: 'packk'"),
+        (["pack"], "see tapct-fast pack --help"),
+        (["pack", missing, out], "SRC does not exist"),
+        (["pack", str(empty), out], "folder without scans"),
+        (["embed", store, missing, missing, "--out", out], "SCAN 1 of 2 does not exist"),
+        (["train", "vit-x", store, "--out", out], "recipes: debug, vit-s, vit-b"),
+        (
+            ["train", "debug", store, "--out", out, "--vit.dpeth", "3"],
+            "unknown setting vit.dpeth; nearest is vit.depth",
+        ),
+        (["train", "debug", store, "--out", out, "--vit.depth"], "--vit.depth has no value"),
+        (["train", "debug", store, "--out", out, "--device", "tpu"], "--device"),
+        (["train", "debug", missing, "--out", out], "STORE does not exist"),
+        (["embed", missing, str(folder / "scans" / "0.nii.gz"), "--out", out], "hub id"),
+        (["probe", missing, "--labels", str(folder / "labels-0.nii.gz")], "does not exist"),
+        (["doctor", "--all"], "unrecognized arguments: --all"),
+    ]
+    for words, message in cases:
+        code, error = _fails(capsys, words)
+        assert message in error, (words[0], error)
+        assert code == 2, (words[0], error)
+
+
+def test_unusable_data_is_one_line_and_exit_code_65(
+    folder: Path, packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    index = json.loads((packed / "index.json").read_text())
+    index["version"] = 99
+    (other / "index.json").write_text(json.dumps(index))
+    code, error = _fails(capsys, ["train", "debug", str(other), "--out", str(tmp_path / "run")])
+    assert code == 65
+    assert "version 99" in error
+    assert "pack again" in error
+
+    labels = str(folder / "labels-0.nii.gz")  # a label map is not CT
+    code, error = _fails(capsys, ["demo", "--ct", labels, "--out", str(tmp_path / "demo")])
+    assert code == 65
+    assert "--no-check-hu" in error or "check_hu" in error
+
+    assert main(["pack", labels, str(tmp_path / "store")]) == 65
+    row = json.loads((tmp_path / "store" / "quarantine.jsonl").read_text())
+    assert "HU" in row["reason"]
+
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(b"\x10\0\0\0\0\0\0\0garbage")
+    scan = str(folder / "scans" / "0.nii.gz")
+    code, error = _fails(capsys, ["embed", str(weights), scan, "--out", str(tmp_path / "e")])
+    assert code == 65
+
+
+def test_help_of_each_verb_says_what_it_needs(capsys: pytest.CaptureFixture[str]) -> None:
+    wanted = {
+        "demo": "--ct PATH",
+        "pack": "SRC [SRC ...] DST",
+        "locate": "STORE CASE SRC",
+        "train": "--schedule.base_lr",
+        "export": "RUN OUT",
+        "embed": "BACKBONE SCAN",
+        "probe": "--labels LABELS",
+        "doctor": "usage: tapct-fast doctor",
+    }
+    for verb, words in wanted.items():
+        with pytest.raises(SystemExit) as stop:
+            main([verb, "--help"])
+        assert stop.value.code == 0
+        assert words in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    page = capsys.readouterr().out
+    assert all(verb in page for verb in wanted)
+
+
+def test_importing_costs_little_beyond_torch_and_help_does_not_wait_for_it() -> None:
+    script = (
+        "import sys, time; start = time.perf_counter(); import tapct_fast;"
+        "spent = time.perf_counter() - start; import tapct_fast.cli;"
+        "print(spent, 'torch' in sys.modules)"
+    )
+    spent, has_torch = subprocess.check_output([sys.executable, "-c", script], text=True).split()
+    assert float(spent) < 0.2
+    assert has_torch == "False"
+
+
+def test_written_weights_are_safetensors(packed: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert main(["train", "debug", str(packed), "--out", str(run), "--device", "cpu", *TINY]) == 0
+    files = [p for p in run.rglob("*") if p.is_file() and "tensorboard" not in p.parts]
+    assert {p.suffix for p in files} == {".safetensors", ".json", ".jsonl"}
+    (student,) = run.glob("checkpoints/step-00000003/student.safetensors")
+    with safe_open(student, framework="np") as tensors:
+        assert "backbone.cls_token" in tensors.keys()  # noqa: SIM118  # not a mapping
