@@ -16,27 +16,20 @@ demo: setup
 # Cheap checks first; each is a target of its own.
 test: lint types contracts native pytest
 
-# What a build without isolation needs comes first, then the package itself, editable.
-$(VENV)/.setup: pyproject.toml constraints.txt CMakeLists.txt
+# What a build without isolation needs comes first.
+$(VENV)/.base: constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "tapct_fast needs Python 3.11 or newer: make PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt torch triton numpy blosc2 pybind11 scikit-build-core cmake ninja
-	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[demo]'
 	touch $@
 
-# Sources newer than the built extension rebuild it; scikit-build-core keeps the build folder.
-$(VENV)/.native: $(VENV)/.setup $(CPP)
-	$(BIN)/python -m pip install -q --no-deps --no-build-isolation -e .
+# The package itself, editable, with the extra of that name; changed C++ sources build it anew.
+$(VENV)/.demo $(VENV)/.dev: $(VENV)/.%: $(VENV)/.base pyproject.toml CMakeLists.txt $(CPP)
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[$*]'
 	touch $@
 
-$(VENV)/.dev: $(VENV)/.setup
-	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation '.[dev]' --dry-run > /dev/null
-	$(BIN)/python -c 'import tomllib; print("\n".join(d for d in tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["dev"] if not d.startswith("tapct-fast")))' > $(VENV)/dev.txt
-	$(BIN)/python -m pip install -q -c constraints.txt -r $(VENV)/dev.txt
-	touch $@
-
-setup: $(VENV)/.native
-dev: $(VENV)/.dev $(VENV)/.native
+setup: $(VENV)/.demo
+dev: $(VENV)/.dev
 
 lint: dev
 	$(BIN)/ruff check .

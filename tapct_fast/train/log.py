@@ -6,10 +6,12 @@ second and the share of time spent waiting for data. All but those two repeat bi
 """
 
 import importlib.util
+import io
 import json
 import math
 import os
 import sys
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 METRICS = "metrics.jsonl"
+LINE_SECONDS = 10.0  # between progress lines where there is no terminal
 
 
 def notify(line: str) -> None:
@@ -56,14 +59,20 @@ class RunLog:
         self.last_loss: float = json.loads(kept[-1])["loss"] if kept else math.nan
         self._file = self._path.open("a", encoding="utf-8")
         self._board = _board(directory, step)
+        self._is_terminal = sys.stderr.isatty()
+        self._next_line = time.monotonic() + LINE_SECONDS
+        self._progress = progress
         self._bar = tqdm(
             total=num_steps,
             initial=step,
             unit="step",
+            # Redrawn lines make a file unreadable: off a terminal, `advance` prints whole ones.
+            file=sys.stderr if self._is_terminal else io.StringIO(),
             disable=not progress,
             dynamic_ncols=True,
-            mininterval=0.1 if sys.stderr.isatty() else 10.0,  # seconds; a log file is no terminal
-            bar_format="step {n_fmt}/{total_fmt} |{bar}|{postfix} eta {remaining}",
+            bar_format="step {n_fmt}/{total_fmt}"
+            + (" |{bar}|" if self._is_terminal else "")
+            + "{postfix}, eta {remaining}",
         )
 
     def __enter__(self) -> "RunLog":
@@ -81,8 +90,12 @@ class RunLog:
             self._board.close()
 
     def advance(self) -> None:
-        """Count one step on the progress line."""
+        """Count one step on the progress line; call it after ``write``."""
         self._bar.update()
+        is_due = self._bar.n == self._bar.total or time.monotonic() >= self._next_line
+        if self._progress and not self._is_terminal and is_due:
+            self._next_line = time.monotonic() + LINE_SECONDS
+            sys.stderr.write(f"{self._bar}\n")
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one row, readable by others at once; ``step`` is one of its keys."""
@@ -90,8 +103,8 @@ class RunLog:
         self._file.flush()
         self.last_loss = row["loss"]
         self._bar.set_postfix_str(
-            f" loss {row['loss']:.3f}, {row['samples_per_s']:.1f} samples/s, "
-            f"data wait {100 * row['data_wait']:.0f} %,",
+            f"loss {row['loss']:.3f}, {row['samples_per_s']:.1f} samples/s, "
+            f"data wait {100 * row['data_wait']:.0f} %",
             refresh=False,
         )
         if self._board is not None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -50,13 +51,26 @@ def test_tensorboard_gets_every_number(tmp_path: Path) -> None:
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 1 / 8), (2, 2 / 8)]
 
 
-def test_the_progress_line_has_rate_wait_and_remaining_time(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_progress_without_a_terminal_is_whole_lines_with_rate_wait_and_remaining_time(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with RunLog(tmp_path, step=2, num_steps=4, progress=True) as log:
+    with RunLog(tmp_path, step=1, num_steps=4, progress=True) as log:
+        log.write(row(2))
+        log.advance()  # not yet due
+        monkeypatch.setattr("tapct_fast.train.log.time.monotonic", lambda: math.inf)
         log.write(row(3))
         log.advance()
-    line = capsys.readouterr().err
-    assert "step 3/4" in line
-    assert "loss 0.375, 2.0 samples/s, data wait 25 %" in line
-    assert "eta" in line
+        log.write(row(4))
+        log.advance()
+    first, last = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(
+        r"step 3/4, loss 0.375, 2.0 samples/s, data wait 25 %, eta \d\d:\d\d", first
+    )
+    assert last.startswith("step 4/4, loss 0.500")
+
+
+def test_no_progress_is_silence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with RunLog(tmp_path, step=0, num_steps=1, progress=False) as log:
+        log.write(row(1))
+        log.advance()
+    assert capsys.readouterr().err == ""
