@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from tapct_fast.io.read import read_labels, read_volume
     from tapct_fast.io.store import Store, pack
     from tapct_fast.io.volume import Volume
-    from tapct_fast.train.loop import train
 
 __version__ = "0.1.0"
 
@@ -35,7 +34,6 @@ _HOMES = {
     "pack": "io.store",
     "read_labels": "io.read",
     "read_volume": "io.read",
-    "train": "train.loop",
 }
 
 __all__ = [
@@ -52,7 +50,6 @@ __all__ = [
     "pack",
     "read_labels",
     "read_volume",
-    "train",
 ]
 
 

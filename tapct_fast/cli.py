@@ -44,21 +44,30 @@ def _pack(args: argparse.Namespace) -> int:
         _existing(args.src, "SRC"),
         args.dst,
         codec=args.codec,
+        series=args.series,
         check_hu=args.check_hu,
         progress=True,
     )
     print(
         f"packed {report.packed}, already there {report.skipped}, quarantined {report.quarantined}"
     )
-    if report.quarantined:
-        print("reasons: DST/quarantine.jsonl; the input behind one: tapct-fast locate DST CASE SRC")
-    return 0 if report.packed + report.skipped else 65
+    _say_refused(report.quarantined, report.packed + report.skipped, args.dst)
+    return 0
+
+
+def _say_refused(num_refused: int, num_usable: int, folder: Path) -> None:
+    from tapct_fast.io.quarantine import last_refusal
+
+    if num_refused and not num_usable:
+        raise last_refusal(folder)
+    if num_refused:
+        print("reasons: quarantine.jsonl there; the input behind a case: tapct-fast locate --help")
 
 
 def _locate(args: argparse.Namespace) -> int:
     from tapct_fast.io.store import locate
 
-    print(locate(args.store, args.case, _existing(args.src, "SRC")))
+    print(locate(args.store, args.case, _existing(args.src, "SRC"), series=args.series))
     return 0
 
 
@@ -107,6 +116,7 @@ def _embed(args: argparse.Namespace) -> int:
         args.out,
         overlap=args.overlap,
         batch_size=args.batch_size,
+        series=args.series,
         check_hu=args.check_hu,
         progress=True,
     )
@@ -114,7 +124,8 @@ def _embed(args: argparse.Namespace) -> int:
         f"embedded {report.embedded}, already there {report.skipped}, "
         f"quarantined {report.quarantined}"
     )
-    return 0 if report.embedded + report.skipped else 65
+    _say_refused(report.quarantined, report.embedded + report.skipped, args.out)
+    return 0
 
 
 def _probe(args: argparse.Namespace) -> int:
@@ -138,6 +149,12 @@ Any setting of the recipe can be changed with --group.name VALUE, e.g. --vit.dep
 --views.global_views.size_zyx 8,64,64 --heads.ibot none. Settings and their values in RECIPE vit-s:
 
 """
+
+
+def _add_series(verb: _Parser) -> None:
+    verb.add_argument(
+        "--series", metavar="KEY", help="which series, where DICOM folders hold several: 1, 2, ..."
+    )
 
 
 def _train_settings() -> str:
@@ -197,6 +214,7 @@ def _parser() -> _Parser:
         action="store_false",
         help="accept values that do not look like HU",
     )
+    _add_series(pack)
     pack.set_defaults(run=_pack)
 
     locate = verbs.add_parser(
@@ -212,6 +230,7 @@ def _parser() -> _Parser:
     locate.add_argument(
         "src", type=Path, nargs="+", metavar="SRC", help="the inputs that were packed"
     )
+    _add_series(locate)
     locate.set_defaults(run=_locate)
 
     train = verbs.add_parser(
@@ -273,6 +292,7 @@ def _parser() -> _Parser:
         action="store_false",
         help="accept values that do not look like HU",
     )
+    _add_series(embed)
     embed.set_defaults(run=_embed)
 
     probe = verbs.add_parser(

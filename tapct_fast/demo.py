@@ -36,6 +36,7 @@ from tapct_fast.downstream.probe import (
 )
 from tapct_fast.errors import FormatError, InputError
 from tapct_fast.figures import Shown, fit_colors, scan_figure
+from tapct_fast.io.quarantine import last_refusal
 from tapct_fast.io.read import find_scans, read_labels, read_volume
 from tapct_fast.io.store import pack
 from tapct_fast.io.volume import Volume
@@ -139,7 +140,7 @@ def run_demo(
     with clock.stage(f"pack {len(sources)} scans"):
         packed = pack(sources, out / "store").packed
     if not packed:
-        raise _first_refusal(out / "store")
+        raise last_refusal(out / "store")
     with clock.stage(f"train {config.train.num_steps} steps"):
         train(config, out / "store", out / "run", resume="never", progress=True)
     with clock.stage("export the teacher"):
@@ -169,12 +170,6 @@ def _claim(out: Path) -> None:
     for part in PARTS:
         shutil.rmtree(out / part, ignore_errors=True)
     (out / "report.html").unlink(missing_ok=True)
-
-
-def _first_refusal(store: Path) -> FormatError:
-    """Say why the first of the scans was refused, as the store noted it."""
-    first = json.loads((store / "quarantine.jsonl").read_text().splitlines()[0])
-    return FormatError(first["field"], f"{first['reason']} (no scan of --ct could be used)")
 
 
 def _evaluate(

@@ -68,7 +68,7 @@ def test_given_scans_train_alone_and_are_named_by_number(tiny: Config, tmp_path:
 
 def test_scans_of_which_none_can_be_used_stop_the_demo(tiny: Config, tmp_path: Path) -> None:
     (tmp_path / "scan.nii.gz").write_bytes(b"no scan")
-    with pytest.raises(FormatError, match=r"no scan of --ct could be used"):
+    with pytest.raises(FormatError, match=r"no input could be used"):
         run_demo(tmp_path / "demo", [tmp_path / "scan.nii.gz"], config=tiny)
 
 

@@ -4,7 +4,6 @@ Shape suffixes: B batch of windows, C channels or width, Z Y X voxels or tokens,
 N windows, D width.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,14 +16,15 @@ from tapct_fast.backbone.backbone import Backbone
 from tapct_fast.config import Zyx
 from tapct_fast.downstream.features import FORMAT, VERSION, Features, save_features
 from tapct_fast.downstream.windows import Blend, tile
-from tapct_fast.errors import FormatError, InputError
-from tapct_fast.io.atomic import read_json, write_atomic, write_json
+from tapct_fast.errors import InputError
+from tapct_fast.io.atomic import read_json, write_json
 from tapct_fast.io.case_id import case_id, ensure_key
 from tapct_fast.io.orient import spacing_of
-from tapct_fast.io.read import find_scans, read_volume
+from tapct_fast.io.quarantine import Refusal, read_or_refuse, write_quarantine
+from tapct_fast.io.read import find_scans
 from tapct_fast.io.volume import Volume
 
-INDEX_FILE, SETTINGS_FILE, QUARANTINE_FILE = "index.json", "settings.json", "quarantine.jsonl"
+INDEX_FILE, SETTINGS_FILE = "index.json", "settings.json"
 
 
 class EmbedReport(NamedTuple):
@@ -126,6 +126,7 @@ def embed_scans(
     *,
     overlap: float = 0.5,
     batch_size: int = 4,
+    series: str | None = None,
     check_hu: bool = True,
     progress: bool = False,
 ) -> EmbedReport:
@@ -142,6 +143,7 @@ def embed_scans(
         out: Made if it is missing.
         overlap: See ``embed_volume``.
         batch_size: See ``embed_volume``; does not change the features beyond rounding.
+        series: See ``read_volume``; for paths that are all DICOM folders.
         check_hu: Refuse scans whose values cannot be HU.
         progress: Show a progress bar on stderr.
 
@@ -153,7 +155,7 @@ def embed_scans(
     scans = find_scans(paths)
     tile((1, 1, 1), (1, 1, 1), overlap)  # refuse a bad overlap before the first scan is read
     try:
-        return _embed_scans(backbone, scans, out, overlap, batch_size, check_hu, progress)
+        return _embed_scans(backbone, scans, out, overlap, batch_size, series, check_hu, progress)
     except OSError as error:
         raise InputError(f"the output folder cannot be written: {error.strerror}") from None
 
@@ -164,14 +166,15 @@ def _embed_scans(
     out: Path,
     overlap: float,
     batch_size: int,
+    series: str | None,
     check_hu: bool,
     progress: bool,
 ) -> EmbedReport:
     (out / "cases").mkdir(parents=True, exist_ok=True)
     _require_same_settings(out, {"backbone": backbone.fingerprint(), "overlap": overlap})
     key = ensure_key(out)
-    ids = [case_id(scan, key) for scan in scans]
-    refused: dict[str, tuple[str, str]] = {}  # case to field and reason
+    ids = [case_id(scan, key, series) for scan in scans]
+    refused: list[Refusal] = []
     embedded = skipped = 0
     todo = dict(zip(ids, scans, strict=True))  # a scan named twice is embedded once
     for case, scan in tqdm(todo.items(), desc="embed", unit="scan", disable=not progress):
@@ -179,22 +182,15 @@ def _embed_scans(
         if path.is_file() and path.with_suffix(".json").is_file():
             skipped += 1
             continue
-        try:
-            volume = read_volume(scan, check_hu=check_hu)
-        except FormatError as error:
-            refused[case] = error.field, error.reason
-            continue
-        except InputError as error:
-            refused[case] = "input", str(error)
+        volume = read_or_refuse(scan, case, series=series, check_hu=check_hu)
+        if isinstance(volume, Refusal):
+            refused.append(volume)
             continue
         save_features(embed_volume(backbone, volume, overlap=overlap, batch_size=batch_size), path)
         embedded += 1
-    rows = [
-        json.dumps({"case": case, "field": field, "reason": reason}) + "\n"
-        for case, (field, reason) in refused.items()
-    ]
-    write_atomic(out / QUARANTINE_FILE, "".join(rows).encode())
-    cases = [{"case": case, "is_quarantined": case in refused} for case in ids]
+    write_quarantine(out, ids, refused)
+    bad = {refusal.case for refusal in refused}
+    cases = [{"case": case, "is_quarantined": case in bad} for case in ids]
     write_json(out / INDEX_FILE, {"format": FORMAT, "version": VERSION, "cases": cases})
     return EmbedReport(embedded, skipped, len(refused))
 

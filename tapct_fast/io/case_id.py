@@ -14,10 +14,12 @@ from tapct_fast.io.atomic import atomic_file
 KEY_BYTES = 32
 
 
-def case_id(scan: Path, key: bytes) -> str:
-    """Return the id of a scan, ``case-`` and 16 hex digits."""
-    path = os.fsencode(scan.resolve())
-    return "case-" + hashlib.blake2b(path, key=key, digest_size=8).hexdigest()
+def case_id(scan: Path, key: bytes, series: str | None = None) -> str:
+    """Return the id of a scan, or of one series in its folder: ``case-`` and 16 hex digits."""
+    name = os.fsencode(scan.resolve())
+    if series is not None:
+        name += b"\0" + series.encode()  # no path holds a zero byte
+    return "case-" + hashlib.blake2b(name, key=key, digest_size=8).hexdigest()
 
 
 def read_key(directory: Path) -> bytes:

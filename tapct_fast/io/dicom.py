@@ -168,7 +168,7 @@ def _choose(groups: dict[str, list[DicomFile]], series: str | None) -> list[Dico
         raise FormatError(
             "SeriesInstanceUID",
             f"the folder holds {len(candidates)} CT series: {listing}; name one, for example "
-            f"read_volume(folder, series={min(candidates)!r}), or give each its own folder",
+            f"series={min(candidates)!r} (--series {min(candidates)}), or give each its own folder",
         )
     # Nothing to choose: the checks of a lone series name the field that rules it out.
     if len(groups) == 1:

@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -27,9 +27,10 @@ from tqdm import tqdm
 
 from tapct_fast import _native
 from tapct_fast.errors import FormatError, InputError, StoreError
-from tapct_fast.io.atomic import atomic_file, read_json, write_atomic, write_json
+from tapct_fast.io.atomic import atomic_file, read_json, write_json
 from tapct_fast.io.case_id import case_id, ensure_key, read_key
-from tapct_fast.io.read import find_scans, read_volume
+from tapct_fast.io.quarantine import Refusal, read_or_refuse, write_quarantine
+from tapct_fast.io.read import find_scans
 from tapct_fast.io.volume import Volume
 
 STORE_FORMAT = "tapct-store"
@@ -69,14 +70,6 @@ class PackReport(NamedTuple):
     packed: int
     skipped: int
     quarantined: int
-
-
-class Refusal(NamedTuple):
-    """One line of ``quarantine.jsonl``: which input was refused, where, and why."""
-
-    case: str
-    field: str
-    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +154,7 @@ def pack(
     directory: Path,
     *,
     codec: Codec = "lz4hc",
+    series: str | None = None,
     check_hu: bool = True,
     progress: bool = False,
 ) -> PackReport:
@@ -173,6 +167,7 @@ def pack(
         sources: Scan files, DICOM series folders, or folders searched recursively.
         directory: The store; made if it is missing.
         codec: ``lz4hc`` decodes fastest, ``zstd`` is about 15 % smaller.
+        series: See ``read_volume``; for sources that are all DICOM folders.
         check_hu: Refuse volumes whose values cannot be HU.
         progress: Show a progress bar on stderr.
 
@@ -184,15 +179,17 @@ def pack(
         raise InputError(f"codec={codec!r} is not one of {', '.join(CLEVEL)}")
     scans = find_scans(sources)
     try:
-        return _pack(scans, directory, codec, check_hu, progress)
+        return _pack(scans, directory, codec, series, check_hu, progress)
     except OSError as error:
         raise StoreError(
             f"the store cannot be written: {error.strerror}; free space or choose another folder"
         ) from None
 
 
-def locate(directory: Path, case: str, sources: Sequence[Path]) -> Path:
-    """Find which of ``sources`` became ``case``: ids alone do not tell.
+def locate(
+    directory: Path, case: str, sources: Sequence[Path], *, series: str | None = None
+) -> Path:
+    """Find which of ``sources``, read with ``series``, became ``case``: ids alone do not tell.
 
     Raises:
         InputError: None of the sources did.
@@ -201,34 +198,36 @@ def locate(directory: Path, case: str, sources: Sequence[Path]) -> Path:
     key = read_key(directory)
     scans: list[Path] = find_scans(sources)
     for scan in scans:
-        if case_id(scan, key) == case:
+        if case_id(scan, key, series) == case:
             return scan
     raise InputError(f"none of these sources is {case}; name the folders that were given to pack")
 
 
 def _pack(
-    scans: Sequence[Path], directory: Path, codec: Codec, check_hu: bool, progress: bool
+    scans: Sequence[Path],
+    directory: Path,
+    codec: Codec,
+    series: str | None,
+    check_hu: bool,
+    progress: bool,
 ) -> PackReport:
     (directory / "cases").mkdir(parents=True, exist_ok=True)
     _check_codec(directory, codec)
     key = ensure_key(directory)
     packed = skipped = 0
     refused: list[Refusal] = []
-    ids = {case_id(scan, key): scan for scan in scans}
+    ids = {case_id(scan, key, series): scan for scan in scans}
     for case, scan in tqdm(ids.items(), desc="pack", unit="scan", disable=not progress):
         if _sidecar(directory, case).exists():
             skipped += 1
             continue
-        try:
-            volume = read_volume(scan, check_hu=check_hu)
-        except FormatError as error:
-            refused.append(Refusal(case, error.field, error.reason))
-        except InputError as error:
-            refused.append(Refusal(case, "input", str(error)))
+        volume = read_or_refuse(scan, case, series=series, check_hu=check_hu)
+        if isinstance(volume, Refusal):
+            refused.append(volume)
         else:
             _write_case(directory, case, volume, codec)
             packed += 1
-    _write_quarantine(directory, ids, refused)
+    write_quarantine(directory, ids, refused)
     _write_index(directory, codec)
     return PackReport(packed, skipped, len(refused))
 
@@ -263,18 +262,6 @@ def _write_index(directory: Path, codec: Codec) -> None:
             )
         cases.append(_record(raw)._asdict())
     _write_sealed(directory / "index.json", _versioned(codec) | {"cases": cases})
-
-
-def _write_quarantine(directory: Path, tried: Iterable[str], refused: list[Refusal]) -> None:
-    """Replace the entries of this run's inputs; entries of other inputs stay."""
-    path = directory / "quarantine.jsonl"
-    try:
-        rows = [Refusal(**json.loads(line)) for line in path.read_text().splitlines()]
-    except (FileNotFoundError, ValueError, TypeError):
-        rows = []  # a damaged list is no loss: what it named is tried again with its source
-    tried = set(tried)
-    rows = [row for row in rows if row.case not in tried] + refused
-    write_atomic(path, "".join(json.dumps(row._asdict()) + "\n" for row in rows).encode())
 
 
 def _check_codec(directory: Path, codec: Codec) -> None:

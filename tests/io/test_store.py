@@ -21,7 +21,7 @@ from tapct_fast import _native
 from tapct_fast.errors import InputError, StoreError
 from tapct_fast.io.nifti import write_nifti
 from tapct_fast.io.read import read_volume
-from tapct_fast.io.store import HU_RANGE, PackReport, Store, locate, pack
+from tapct_fast.io.store import HU_RANGE, CaseRecord, PackReport, Store, locate, pack
 
 AFFINE = np.diag([-0.8, -0.7, 2.5, 1.0])
 SHAPE_ZYX = (19, 150, 140)  # two chunks per axis, both ragged
@@ -299,3 +299,23 @@ def test_real_scans_pack_and_read_back(real_ct: Path, tmp_path: Path) -> None:
         source = locate(tmp_path / "s", record.case, [real_ct])
         expected = np.clip(read_volume(source).hu_ZYX, *HU_RANGE)
         np.testing.assert_array_equal(store.read_volume(case).hu_ZYX, expected)
+
+
+def test_each_series_of_a_folder_is_a_case_of_its_own(real_ct: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "both"
+    folder.mkdir()
+    for name in ("sts004_implicit_40slices", "ts_j2k_20slices"):
+        for path in (real_ct / "dicom" / name).iterdir():
+            (folder / f"{name}-{path.name}").write_bytes(path.read_bytes())
+    store = tmp_path / "store"
+    assert pack([folder], store) == PackReport(packed=0, skipped=0, quarantined=1)
+    assert "--series 1" in (store / "quarantine.jsonl").read_text()
+    for series in ("1", "2", "2"):
+        pack([folder], store, series=series)
+    cases = Store.open(store).cases
+    assert sorted(case.shape_zyx[0] for case in cases) == [20, 40]
+    assert {locate(store, case.case, [folder], series=s) for case, s in _pairs(store)} == {folder}
+
+
+def _pairs(store: Path) -> list[tuple[CaseRecord, str]]:
+    return [(c, "1" if c.shape_zyx[0] == 20 else "2") for c in Store.open(store).cases]
