@@ -1,30 +1,161 @@
-"""Time variants of one piece of work beside each other and write a row that says how.
+"""Time rivals beside each other on the same inputs, and write a row that says how.
 
-A bench verifies its result before it times it, interleaves the variants in one process, warms up,
-and reports p20, p50 and p80 in milliseconds with device, versions and commit.
+A bench verifies its results before it times them, interleaves the variants in one process, warms
+up, and reports p20, p50 and p80 in milliseconds with device, versions, load and commit. A row is
+stale once the bench or a source it names has changed: its ``sources`` holds their SHA-256.
 """
 
+import argparse
+import hashlib
 import json
 import os
 import platform
 import re
+import shutil
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
-RESULTS = Path(__file__).resolve().parent / "results"
+REPOSITORY = Path(__file__).resolve().parent.parent
+RESULTS = REPOSITORY / "bench" / "results"
+WARM_UP = 2  # rounds; the first compiles
+# Larger than any L2 (126 MB on a B200), and 0.1 ms of work at 4.3 TB/s: the host enqueues a short
+# variant while the device still writes it, so that events time the device, not the launches.
+FLUSH_BYTES = 512 * 2**20
+
+Device = Literal["cpu", "cuda"]
+Variants = Mapping[str, Callable[[], Any]]
 
 
-def device_name() -> str:
-    """The machine's device, in words that make a file name: the GPU's name, or the CPU's model."""
-    if torch.cuda.is_available():
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One start of one bench: what was asked for, and what its rows share."""
+
+    subject: str
+    command: str
+    sources: str  # SHA-256
+    out: Path
+    is_tiny: bool
+    only_missing: bool
+    load_1min: float  # before the bench itself adds to it
+
+    def wants(self, case: str, device: Device) -> bool:
+        """Say whether this case is to be measured: always, or with ``--missing`` if no row is."""
+        if self.only_missing and any(
+            (row["subject"], row["case"], row["sources"]) == (self.subject, case, self.sources)
+            for folder in (RESULTS, self.out)
+            for row in _rows(folder / f"{device_name(device)}.jsonl")
+        ):
+            print(f"{self.subject}, {case}: measured already", flush=True)
+            return False
+        return True
+
+    def write(
+        self, case: str, device: Device, times_ms: Mapping[str, Sequence[float]], **values: Any
+    ) -> None:
+        """Append one row to the device's file, and print it."""
+        row = {
+            "subject": self.subject,
+            "case": case,
+            **values,
+            "times_ms": times_ms,
+            "percentiles": [20, 50, 80],
+            "tiny": self.is_tiny,
+            "sources": self.sources,
+            "load_1min": round(self.load_1min, 2),
+            "command": self.command,
+            **_environment(device),
+        }
+        line = json.dumps(row)
+        self.out.mkdir(parents=True, exist_ok=True)
+        with (self.out / f"{device_name(device)}.jsonl").open("a") as file:
+            file.write(line + "\n")
+        print(line, flush=True)
+
+
+def start(bench: str, sources: Sequence[str], argv: Sequence[str] | None) -> Run:
+    """Read the command line of a bench.
+
+    Args:
+        bench: ``__file__`` of the bench.
+        sources: Files whose change makes its rows stale, relative to the repository.
+        argv: Arguments, or None for those of the process.
+    """
+    subject = Path(bench).stem
+    parser = argparse.ArgumentParser(prog=f"python -m bench.{subject}")
+    parser.add_argument("--tiny", action="store_true", help="a size for tests; not a measurement")
+    parser.add_argument("--missing", action="store_true", help="skip cases whose row is current")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path(os.environ.get("OUT") or RESULTS),
+        help="folder of the rows (default: $OUT, or bench/results)",
+    )
+    args = parser.parse_args(argv)
+    if args.tiny and args.out.resolve() == RESULTS:
+        parser.error("a --tiny row is no result: name another folder with --out")
+    words = ["python -m", f"bench.{subject}", *(["--tiny"] if args.tiny else [])]
+    return Run(
+        subject=subject,
+        command=" ".join(words),
+        sources=_sha256([f"bench/{subject}.py", *sources]),
+        out=args.out,
+        is_tiny=args.tiny,
+        only_missing=args.missing,
+        load_1min=os.getloadavg()[0],
+    )
+
+
+def time_ms(variants: Variants, *, device: Device, rounds: int) -> dict[str, list[float]]:
+    """Run every variant once per round, in turn, and return each one's p20, p50 and p80.
+
+    Work on CUDA is timed by events behind a write that empties the L2 of the variant's inputs.
+    """
+    once = _once_cuda if device == "cuda" else _once_cpu
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for turn in range(WARM_UP + rounds):
+        for name, call in variants.items():
+            elapsed = once(call)
+            if turn >= WARM_UP:
+                times[name].append(elapsed)
+    return {
+        name: [round(float(q), 4) for q in np.percentile(values, (20, 50, 80))]
+        for name, values in times.items()
+    }
+
+
+def relative_errors(
+    variants: Mapping[str, Callable[[], Sequence[Tensor]]],
+    expected: Sequence[Tensor],
+    *,
+    tolerance: float,
+) -> dict[str, float]:
+    """Compare every output of every variant with its float64 value, in the Frobenius norm.
+
+    Raises:
+        ValueError: One is further away than ``tolerance``, or not finite: nothing to time.
+    """
+    errors = {}
+    for name, call in variants.items():
+        pairs = zip(call(), expected, strict=True)
+        worst = max(float((out.double() - ref).norm() / ref.norm()) for out, ref in pairs)
+        if not worst <= tolerance:  # so that NaN fails
+            raise ValueError(f"{name} is off by {worst:.2g}, more than {tolerance:g}; not timed")
+        errors[name] = float(f"{worst:.2g}")
+    return errors
+
+
+def device_name(device: Device) -> str:
+    """Return the GPU's or the CPU's name as words that make a file name."""
+    if device == "cuda":
         name = torch.cuda.get_device_name()
     else:
         info = Path("/proc/cpuinfo")
@@ -34,66 +165,64 @@ def device_name() -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def environment() -> dict[str, str]:
-    """Device, versions and commit; a tree with changes is marked as such."""
-    here = Path(__file__).resolve().parent
+def version(distribution: str) -> str | None:
+    """Return the version of an installed distribution."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
 
-    def git(*words: str) -> str:
-        command = ["git", "-C", str(here), *words]
-        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
-    dirty = "+changes" if git("status", "--porcelain", "--untracked-files=no") else ""
-    return {
-        "device": device_name(),
+def _environment(device: Device) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "device": device_name(device),
         "python": platform.python_version(),
-        **{name: metadata.version(name) for name in ("torch", "triton", "numpy")},
-        "commit": git("rev-parse", "--short", "HEAD") + dirty,
+        **{name: version(name) for name in ("torch", "triton", "numpy")},
     }
+    if device == "cuda":
+        row |= {"cuda": torch.version.cuda, "driver": _answer("nvidia-smi", *_ASK_DRIVER)}
+    else:
+        row |= {"torch_threads": torch.get_num_threads()}
+    is_dirty = _answer("git", "status", "--porcelain", "--untracked-files=no")
+    commit = _answer("git", "rev-parse", "--short", "HEAD")
+    return row | {"commit": commit and commit + ("+changes" if is_dirty else "")}
 
 
-def time_ms(
-    variants: Mapping[str, Callable[[], Any]], *, rounds: int = 20
-) -> dict[str, list[float]]:
-    """Run every variant once per round, in turn, and return each one's p20, p50 and p80.
-
-    On CUDA a round is timed with events; two rounds warm up.
-    """
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    for turn in range(rounds + 2):
-        for name, call in variants.items():
-            elapsed = _once(call)
-            if turn >= 2:
-                times[name].append(elapsed)
-    return {
-        name: [round(float(q), 4) for q in np.percentile(values, (20, 50, 80))]
-        for name, values in times.items()
-    }
+_ASK_DRIVER = ("--query-gpu=driver_version", "--format=csv,noheader", "--id=0")
 
 
-def _once(call: Callable[[], Any]) -> float:
-    if torch.cuda.is_available():
-        start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        return float(start.elapsed_time(end))
+def _answer(*command: str) -> str | None:
+    if shutil.which(command[0]) is None:
+        return None
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _sha256(sources: Sequence[str]) -> str:
+    digest = hashlib.sha256()
+    for source in sources:
+        content = (REPOSITORY / source).read_bytes()
+        digest.update(f"{source} {len(content)}\n".encode() + content)
+    return digest.hexdigest()
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def _once_cpu(call: Callable[[], Any]) -> float:
     began = time.perf_counter()
     call()
     return (time.perf_counter() - began) * 1e3
 
 
-def write_row(subject: str, **values: Any) -> None:
-    """Append one JSON row to ``$OUT`` or ``bench/results``, and print it."""
-    folder = Path(os.environ.get("OUT", RESULTS))
-    row = {
-        "subject": subject,
-        **values,
-        "command": f"python -m bench.{Path(sys.argv[0]).stem} {' '.join(sys.argv[1:])}".strip(),
-        **environment(),
-    }
-    line = json.dumps(row)
-    with (folder / f"{device_name()}.jsonl").open("a") as file:
-        file.write(line + "\n")
-    print(line, flush=True)
+def _once_cuda(call: Callable[[], Any]) -> float:
+    begin = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    # Freed and reused at once by the caching allocator: the write costs no allocation.
+    torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda").zero_()
+    begin.record()
+    call()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end))
