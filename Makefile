@@ -49,7 +49,7 @@ native: dev
 	$(BIN)/ctest --test-dir build/native --output-on-failure
 
 pytest: dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest
 
 format: dev
 	$(BIN)/ruff check --fix .
