@@ -110,7 +110,8 @@ def _measure(run: Run, inputs: Inputs, device: Device) -> None:
     tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-5
 
     doubles = [t.detach().double().requires_grad_() for t in inputs.parameters]
-    exact_MD = masked_gather_ref(doubles[0], index_M, *doubles[1:], NUM_PREFIX, EPS)
+    x, weight, bias = doubles
+    exact_MD = masked_gather_ref(x, index_M, weight, bias, NUM_PREFIX, EPS)
     grad_MD = torch.randn_like(exact_MD).to(dtype)
     exact_grads = torch.autograd.grad(exact_MD, doubles, grad_MD.double())
     small = index_M.nbytes + weight_D.nbytes + bias_D.nbytes

@@ -88,16 +88,16 @@ def _assembled(inputs: Inputs, rows_BLD: Tensor) -> Tensor:
 
 def conv3d_chain(inputs: Inputs) -> Tensor:
     """Embed by a strided convolution, as DINOv2 ports to 3D do."""
-    kernel = inputs.weight_DK.unflatten(1, (1, *PATCH_ZYX))
+    kernel = inputs.weight_DK.reshape(-1, 1, *PATCH_ZYX)
     grid_BDZYX = F.conv3d(_normalised(inputs)[:, None], kernel, inputs.bias_D, stride=PATCH_ZYX)
     return _assembled(inputs, grid_BDZYX.flatten(2).mT)
 
 
 def linear_chain(inputs: Inputs) -> Tensor:
     """Embed by unfold and one matrix product."""
+    B, Z, Y, X = inputs.x_BZYX.shape
     z, y, x = PATCH_ZYX
-    voxels_BZYX = _normalised(inputs)
-    blocks = voxels_BZYX.unflatten(3, (-1, x)).unflatten(2, (-1, y)).unflatten(1, (-1, z))
+    blocks = _normalised(inputs).reshape(B, Z // z, z, Y // y, y, X // x, x)
     rows_BLK = blocks.permute(0, 1, 3, 5, 2, 4, 6).flatten(4, 6).flatten(1, 3)
     return _assembled(inputs, F.linear(rows_BLK, inputs.weight_DK, inputs.bias_D))
 
