@@ -24,15 +24,20 @@ class InputError(TapctError, ValueError):
 
 
 class FormatError(TapctError, ValueError):
-    """A scan is damaged, contradicts itself or is not CT; ``field`` names where."""
+    """A scan is damaged, contradicts itself or is not CT.
 
-    def __init__(self, field: str, reason: str) -> None:
+    ``field`` names where; ``code`` is a reason code of ``io.findings``, or empty where the field
+    decides it.
+    """
+
+    def __init__(self, field: str, reason: str, code: str = "") -> None:
         super().__init__(f"{field}: {reason}")
         self.field = field
         self.reason = reason
+        self.code = code
 
-    def __reduce__(self) -> tuple[type["FormatError"], tuple[str, str]]:
-        return type(self), (self.field, self.reason)
+    def __reduce__(self) -> tuple[type["FormatError"], tuple[str, str, str]]:
+        return type(self), (self.field, self.reason, self.code)
 
 
 class StoreError(TapctError, ValueError):

@@ -28,6 +28,7 @@ from tapct_fast.io.dicom_slice import (
     silence_pydicom,
     text_of,
 )
+from tapct_fast.io.findings import Inspection
 from tapct_fast.io.orient import spacing_of, to_lps
 from tapct_fast.io.slices import SliceStack, stack_slices
 from tapct_fast.io.volume import MAX_VOXELS, Volume
@@ -85,13 +86,16 @@ def list_series(folder: Path) -> list[SeriesInfo]:
         return [_describe(key, files) for key, files in _group(_headers(folder)).items()]
 
 
-def read_series(folder: Path, *, series: str | None = None) -> Volume:
+def read_series(
+    folder: Path, *, series: str | None = None, inspection: Inspection | None = None
+) -> Volume:
     """Read one CT series as Hounsfield units.
 
     Args:
         folder: Holds the slices directly. Other files and other modalities in it are passed over.
         series: Which series, by the key of ``list_series`` or the whole SeriesInstanceUID; needed
             where the folder holds more than one CT series.
+        inspection: Receives what is found; by default nothing doubtful is accepted.
 
     Returns:
         Volume in canonical LPS; each slice's own slope and intercept are applied, and positions,
@@ -101,6 +105,7 @@ def read_series(folder: Path, *, series: str | None = None) -> Volume:
         InputError: pydicom or a decoder is not installed, no DICOM file or no such series.
         FormatError: The series is not a regular CT volume, or a file is damaged.
     """
+    inspection = inspection or Inspection()
     with silence_pydicom():
         files = _choose(_group(_headers(folder)), series)
         rows, columns = _check_series(files)

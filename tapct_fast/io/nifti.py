@@ -19,6 +19,7 @@ import numpy.typing as npt
 from tapct_fast import _native
 from tapct_fast.errors import FormatError, InputError
 from tapct_fast.io.atomic import write_atomic
+from tapct_fast.io.findings import Inspection
 from tapct_fast.io.orient import check_affine, spacing_of, to_lps
 from tapct_fast.io.volume import MAX_VOXELS, Volume
 
@@ -30,10 +31,14 @@ _UNITS_MM = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}  # unknown (read as mm by all)
 _DATATYPES = {"uint8": 2, "int16": 4, "float32": 16}
 
 
-def read_nifti(path: Path) -> Volume:
+def read_nifti(path: Path, inspection: Inspection | None = None) -> Volume:
     """Read a ``.nii`` or ``.nii.gz`` CT, decoded to its end with every checksum verified.
 
     Slope and intercept are applied and values rounded to whole HU.
+
+    Args:
+        path: The file; what it is called does not matter.
+        inspection: Receives what is found; by default nothing doubtful is accepted.
 
     Returns:
         Volume in canonical LPS.
@@ -42,7 +47,7 @@ def read_nifti(path: Path) -> Volume:
         InputError: There is no such file.
         FormatError: The file is damaged, not 3D, or its header contradicts its data or itself.
     """
-    return _volume(_decode(path))
+    return _volume(_decode(path), inspection or Inspection())
 
 
 def read_nifti_labels(path: Path) -> Volume:
@@ -55,7 +60,7 @@ def read_nifti_labels(path: Path) -> Volume:
     image = _decode(path)
     if image.rounded:
         raise FormatError("voxels", "some labels are not whole numbers; is this a label map?")
-    return _volume(image)
+    return _volume(image, Inspection())
 
 
 def _decode(path: Path) -> _native.NiftiImage:
@@ -66,14 +71,14 @@ def _decode(path: Path) -> _native.NiftiImage:
         raise InputError(f"the scan cannot be opened: {error.strerror}") from None
 
 
-def _volume(image: _native.NiftiImage) -> Volume:
-    array_ZYX, affine = to_lps(image.data_ZYX, _affine_of(image))
+def _volume(image: _native.NiftiImage, inspection: Inspection) -> Volume:
+    array_ZYX, affine = to_lps(image.data_ZYX, _affine_of(image, inspection))
     return Volume(
         hu_ZYX=np.ascontiguousarray(array_ZYX), spacing_mm=spacing_of(affine), affine=affine
     )
 
 
-def _affine_of(image: _native.NiftiImage) -> Affine:
+def _affine_of(image: _native.NiftiImage, inspection: Inspection) -> Affine:
     """Return the one affine (voxel x, y, z to RAS+ mm) that every part of the header agrees on."""
     for name, code in (("sform_code", image.sform_code), ("qform_code", image.qform_code)):
         if not 0 <= code <= 5:
@@ -84,7 +89,7 @@ def _affine_of(image: _native.NiftiImage) -> Affine:
     sform = _sform(image, _UNITS_MM[unit]) if image.sform_code else None
     qform = _qform(image, _UNITS_MM[unit]) if image.qform_code else None
     if sform is not None and qform is not None:
-        _check_agree(sform, qform, image.dims_xyz)
+        _check_agree(sform, qform, image.dims_xyz, inspection)
     affine = sform if sform is not None else qform
     if affine is None:
         raise FormatError(
@@ -145,14 +150,17 @@ def _qform(image: _native.NiftiImage, unit_mm: float) -> Affine:
     return affine
 
 
-def _check_agree(sform: Affine, qform: Affine, dims_xyz: tuple[int, int, int]) -> None:
-    """Refuse two forms that place a corner a quarter voxel apart; rounding stays far below."""
+def _check_agree(
+    sform: Affine, qform: Affine, dims_xyz: tuple[int, int, int], inspection: Inspection
+) -> None:
+    """Doubt two forms that place a corner a quarter voxel apart; rounding stays far below."""
     corners = np.array(np.meshgrid(*[(0, n - 1) for n in dims_xyz])).reshape(3, -1)
     corners = np.vstack([corners, np.ones(corners.shape[1])])
     apart = float(np.linalg.norm(((sform - qform) @ corners)[:3], axis=0).max())
     norms = np.linalg.norm(qform[:3, :3], axis=0)
     if apart > 0.25 * norms.min():
-        raise FormatError(
+        inspection.doubt(
+            "form_conflict",
             "sform, qform",
             f"they place the same voxel up to {apart:.3g} mm apart, and readers differ in which "
             "they follow; set the wrong one's code to 0",

@@ -5,6 +5,7 @@ Shape suffixes: Z Y X voxels.
 
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from tapct_fast.errors import FormatError, InputError
 from tapct_fast.io.dicom import read_series
 from tapct_fast.io.dicom_slice import DICOM_SUFFIXES
+from tapct_fast.io.findings import Inspection, Policy, Report
 from tapct_fast.io.itk import read_itk, read_itk_labels
 from tapct_fast.io.nifti import read_nifti, read_nifti_labels
 from tapct_fast.io.volume import Volume
@@ -28,33 +30,81 @@ _LOWEST_MAXIMUM = -200  # a scan with no voxel above this holds no tissue
 _CT_RANGE = (-4096, 4096)  # most voxels; padding and metal lie outside
 
 
-def read_volume(path: Path | str, *, series: str | None = None, check_hu: bool = True) -> Volume:
+def read_volume(
+    path: Path | str,
+    *,
+    series: str | None = None,
+    check_hu: bool = True,
+    policy: Policy = "error",
+) -> Volume:
     """Read one CT as Hounsfield units in canonical LPS.
 
     Args:
         path: A ``.nii``, ``.nii.gz``, ``.nrrd``, ``.nhdr``, ``.mha`` or ``.mhd`` file, or a folder
             with the slices of a DICOM series.
         series: Which series of a DICOM folder with several; see ``io.dicom.list_series``.
-        check_hu: Refuse values which cannot be Hounsfield units.
+        check_hu: Doubt values which cannot be Hounsfield units.
+        policy: What becomes of doubts and of damage that can be repaired: ``error`` refuses both,
+            ``warn`` keeps doubtful scans as they are, ``repair`` also mends; see ``io.findings``.
 
     Returns:
-        Volume with ``hu_ZYX`` int16 (stored slope and intercept applied, nothing clipped).
+        Volume with ``hu_ZYX`` int16 (stored slope and intercept applied, nothing clipped) and the
+        report of what was found.
 
     Raises:
         InputError: Nothing is there, or an optional reader is not installed.
         FormatError: The file is damaged, contradicts itself or is not CT.
     """
-    path = Path(path)
+    return _read(Path(path), Inspection(policy), series=series, check_hu=check_hu)
+
+
+def check_volume(path: Path | str, *, series: str | None = None, check_hu: bool = True) -> Report:
+    """Read a scan to its end and report everything that is wrong with it, without raising for it.
+
+    Args:
+        path: See ``read_volume``.
+        series: See ``read_volume``.
+        check_hu: Doubt values which cannot be Hounsfield units.
+
+    Returns:
+        The findings that ``read_volume`` would meet; ``report.is_accepted(policy)`` says whether it
+        would return the scan. A finding of severity ``refuse`` ends the inspection.
+
+    Raises:
+        InputError: Nothing is there, or an optional reader is not installed.
+    """
+    inspection = Inspection("repair")
+    try:
+        _read(Path(path), inspection, series=series, check_hu=check_hu)
+    except FormatError as error:
+        inspection.record(error)
+    return inspection.report()
+
+
+def check_series(folder: Path | str, *, series: str | None = None, check_hu: bool = True) -> Report:
+    """Report everything that is wrong with a DICOM series; see ``check_volume``.
+
+    Raises:
+        InputError: There is no such folder, archive or series, or pydicom is not installed.
+    """
+    if _kind(Path(folder)) != "dicom":
+        raise InputError("this is not a folder or zip archive of DICOM files; use check_volume")
+    return check_volume(folder, series=series, check_hu=check_hu)
+
+
+def _read(path: Path, inspection: Inspection, *, series: str | None, check_hu: bool) -> Volume:
     kind = _kind(path)
     if series is not None and kind != "dicom":
         raise InputError("series= is for DICOM folders, and this is a file; leave it out")
     if kind == "dicom":
-        volume = read_series(path, series=series)
+        volume = read_series(path, series=series, inspection=inspection)
+    elif kind == "nifti":
+        volume = read_nifti(path, inspection)
     else:
-        volume = read_nifti(path) if kind == "nifti" else read_itk(path)
+        volume = read_itk(path)
     if check_hu:
-        check_is_hu(volume.hu_ZYX)
-    return volume
+        check_is_hu(volume.hu_ZYX, inspection)
+    return replace(volume, report=inspection.report())
 
 
 def read_labels(path: Path | str) -> Volume:
@@ -71,11 +121,12 @@ def read_labels(path: Path | str) -> Volume:
     return read_nifti_labels(path) if kind == "nifti" else read_itk_labels(path)
 
 
-def check_is_hu(hu: NDArray[np.int16]) -> None:
-    """Refuse a volume whose values cannot be Hounsfield units.
+def check_is_hu(hu: NDArray[np.int16], inspection: Inspection) -> None:
+    """Doubt a volume whose values cannot be Hounsfield units.
 
     Raises:
-        FormatError: The values are constant, windowed, normalised, unscaled or scrambled.
+        FormatError: The values are constant, windowed, normalised, unscaled or scrambled, and the
+            policy refuses doubts.
     """
     way_out = "if these are HU all the same, pass check_hu=False (--no-check-hu)"
     low, high = int(hu.min()), int(hu.max())
@@ -92,8 +143,9 @@ def check_is_hu(hu: NDArray[np.int16]) -> None:
         num_inside = np.count_nonzero((hu >= _CT_RANGE[0]) & (hu <= _CT_RANGE[1]))
         if num_inside < 0.5 * hu.size:
             reason = f"most voxels lie outside {_CT_RANGE[0]}..{_CT_RANGE[1]}: scrambled bytes?"
+    inspection.facts["hu_range"] = [low, high]
     if reason:
-        raise FormatError("HU", f"values {low}..{high} cannot be a CT ({reason}); {way_out}")
+        inspection.doubt("hu", "HU", f"values {low}..{high} cannot be a CT ({reason}); {way_out}")
 
 
 def find_scans(paths: Sequence[Path]) -> list[Path]:

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tapct_fast.errors import FormatError, InputError
+from tapct_fast.io.findings import Report
 
 # Checked before memory is allocated: 1024 x 1024 x 2048, far beyond a whole-body scan at 0.5 mm.
 MAX_VOXELS = 2**31
@@ -28,6 +29,7 @@ class Volume:
         affine: (4, 4) float64; maps the voxel index (x, y, z, 1) of ``hu_ZYX[z, y, x]`` to RAS+
             world millimetres (the NIfTI convention). A plain axial scan has
             ``diag(-sx, -sy, +sz)``.
+        report: What the reader found; None for a volume that was not read from a scan.
 
     Raises:
         InputError: The parts do not have these types and shapes.
@@ -36,6 +38,7 @@ class Volume:
     hu_ZYX: NDArray[np.int16]
     spacing_mm: tuple[float, float, float]
     affine: NDArray[np.float64]
+    report: Report | None = None
 
     def __post_init__(self) -> None:
         if self.hu_ZYX.ndim != 3 or self.hu_ZYX.dtype != np.int16:

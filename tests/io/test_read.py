@@ -9,6 +9,7 @@ import pytest
 import SimpleITK as sitk
 
 from tapct_fast.errors import FormatError, InputError
+from tapct_fast.io.findings import Inspection
 from tapct_fast.io.read import check_is_hu, find_scans, read_labels, read_volume
 
 RNG = np.random.default_rng(0)
@@ -119,7 +120,7 @@ BODY = np.where(np.indices((8, 16, 16)).sum(0) % 3 == 0, -1000, 40).astype(np.in
 )
 def test_values_that_cannot_be_hu_are_refused_with_the_way_out(hu: np.ndarray, words: str) -> None:
     with pytest.raises(FormatError, match=f"({words}).*check_hu=False") as caught:
-        check_is_hu(hu.astype(np.int16))
+        check_is_hu(hu.astype(np.int16), Inspection())
     assert caught.value.field == "HU"
 
 
@@ -129,7 +130,7 @@ def test_plain_padded_and_clipped_scans_pass_as_hu() -> None:
     metal = BODY.copy()
     metal[2, 2, 2] = 30710
     for hu in (BODY, padded, metal, BODY.clip(-160, 240)):
-        check_is_hu(hu)
+        check_is_hu(hu, Inspection())
 
 
 def test_scans_are_found_in_files_folders_and_series(tmp_path: Path) -> None:
