@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from tapct_fast import __version__, recipes
-from tapct_fast.errors import ConfigError, InputError, TapctError
+from tapct_fast.errors import POLICIES, ConfigError, FormatError, InputError, TapctError
 
 
 class _Parser(argparse.ArgumentParser):
@@ -63,6 +63,26 @@ def _say_refused(num_refused: int, num_usable: int, folder: Path) -> None:
         raise last_refusal(folder)
     if num_refused:
         print("reasons: quarantine.jsonl there; the input behind a case: tapct-fast locate --help")
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from tapct_fast.io.verify import verify
+    from tapct_fast.verify_report import write_verify_report
+
+    outcome = verify(
+        _existing(args.src, "SRC"),
+        args.out,
+        policy=args.policy,
+        check_hu=args.check_hu,
+        threads=args.threads,
+        progress=True,
+    )
+    write_verify_report(args.out / "report.html", outcome)
+    num_accepted = len(outcome.rows) - outcome.num_refused
+    print(
+        f"accepted {num_accepted}, refused {outcome.num_refused}; see report.html and report.json"
+    )
+    return FormatError.exit_code if outcome.num_refused else 0
 
 
 def _locate(args: argparse.Namespace) -> int:
@@ -217,6 +237,30 @@ def _parser() -> _Parser:
     )
     _add_series(pack)
     pack.set_defaults(run=_pack)
+
+    verify = verbs.add_parser(
+        "verify",
+        help="check every scan of an archive",
+        description="Read every scan below SRC to its end on all cores and report what is damaged, "
+        "doubtful or repairable: OUT/report.html and OUT/report.json. Run it again to go on after "
+        "a stop. Exit code 65 if a scan is refused.",
+    )
+    verify.add_argument("src", type=Path, nargs="+", metavar="SRC", help="scan file or folder")
+    verify.add_argument("--out", type=Path, required=True, metavar="OUT", help="made if absent")
+    verify.add_argument(
+        "--policy",
+        choices=POLICIES,
+        default="error",
+        help="accepted are: error nothing doubtful, warn doubts, repair also what can be mended",
+    )
+    verify.add_argument("--threads", type=int, help="scans at a time (default: one per core)")
+    verify.add_argument(
+        "--no-check-hu",
+        dest="check_hu",
+        action="store_false",
+        help="accept values that do not look like HU",
+    )
+    verify.set_defaults(run=_verify)
 
     locate = verbs.add_parser(
         "locate",

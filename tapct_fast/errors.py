@@ -4,6 +4,12 @@ No message carries a patient's name, an identifier or a path: readers name field
 names inputs by position.
 """
 
+from typing import Literal, get_args
+
+# What becomes of a scan that is doubtful or could be repaired; see io.findings.
+Policy = Literal["error", "warn", "repair"]
+POLICIES: tuple[str, ...] = get_args(Policy)
+
 
 class TapctError(Exception):
     """Base of every error a user can meet; ``exit_code`` is what the command line returns."""

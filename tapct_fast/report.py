@@ -108,31 +108,48 @@ def write_report(path: Path, report: Report) -> None:
 
 def render_report(report: Report) -> str:
     """Return the page as HTML."""
-    t = html.escape
-    tiles = "".join(
-        f'<div class="tile"><span>{t(name)}</span><b>{t(value)}</b><small>{t(remark)}</small></div>'
-        for name, value, remark in report.tiles
-    )
+    limits = "".join(f"<li>{html.escape(limit)}</li>" for limit in report.limits)
     sections = [
         ("Features", report.figures_text, _figures(report.figures) + _legend(report.legend)),
         ("Training", report.curves_text, _curves(report.curves)),
         ("Linear probe", report.scores_text, _scores(report.scores)),
-        ("Run", "", _stages(report.stages) + _facts(report.facts)),
+        ("Run", "", _stages(report.stages) + facts_list(report.facts)),
+        ("What this is not", "", f'<ul class="limits">{limits}</ul>'),
     ]
+    return render_page(report.title, report.lead, report.tiles, sections)
+
+
+def render_page(
+    title: str,
+    lead: str,
+    tiles: Sequence[tuple[str, str, str]],
+    sections: Sequence[tuple[str, str, str]],
+) -> str:
+    """Return a page in the house's one look.
+
+    Args:
+        title: Plain text.
+        lead: Plain text: what the page is about.
+        tiles: Name, value and remark of each number at the top; plain text.
+        sections: Title and text (plain), and content (HTML) of each; one without content is left
+            out.
+    """
+    t = html.escape
+    boxes = "".join(
+        f'<div class="tile"><span>{t(name)}</span><b>{t(value)}</b><small>{t(remark)}</small></div>'
+        for name, value, remark in tiles
+    )
     body = "".join(
-        f"<section><h2>{title}</h2>{f'<p>{t(text)}</p>' if text else ''}{content}</section>"
-        for title, text, content in sections
+        f"<section><h2>{t(name)}</h2>{f'<p>{t(text)}</p>' if text else ''}{content}</section>"
+        for name, text, content in sections
         if content
     )
-    limits = "".join(f"<li>{t(limit)}</li>" for limit in report.limits)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{t(report.title)}</title><style>{_STYLE}</style></head><body><main>"
-        f'<header><h1>{t(report.title)}</h1><p class="lead">{t(report.lead)}</p>'
-        f'<div class="tiles">{tiles}</div></header>{body}'
-        f'<section><h2>What this is not</h2><ul class="limits">{limits}</ul></section>'
-        "</main></body></html>\n"
+        f"<title>{t(title)}</title><style>{_STYLE}</style></head><body><main>"
+        f'<header><h1>{t(title)}</h1><p class="lead">{t(lead)}</p>'
+        f'<div class="tiles">{boxes}</div></header>{body}</main></body></html>\n'
     )
 
 
@@ -289,7 +306,8 @@ def _stages(stages: Sequence[tuple[str, float]]) -> str:
     return f'<table class="stages"><tbody>{rows}</tbody></table>' if rows else ""
 
 
-def _facts(facts: Sequence[tuple[str, str]]) -> str:
+def facts_list(facts: Sequence[tuple[str, str]]) -> str:
+    """Return names and values (plain text) as an HTML list."""
     rows = "".join(
         f"<dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>" for name, value in facts
     )
@@ -344,6 +362,8 @@ line.untrained{stroke:var(--grey);stroke-width:2.5}circle.untrained{fill:var(--g
 .stages i{height:8px;background:#a9c7f5;min-width:1px}
 dl{display:grid;grid-template-columns:180px 1fr;gap:4px 16px;font-size:14px;margin:0}
 dt{color:var(--soft)}dd{margin:0;overflow-wrap:anywhere}
+.reasons{max-width:none}.reasons td:nth-child(1){width:55%}
+.findings td{vertical-align:top}.findings td:nth-child(-n+3){white-space:nowrap}
 .limits{padding-left:20px;color:var(--soft);max-width:74ch}
 @media (max-width:640px){.row{grid-template-columns:repeat(2,1fr)}dl{grid-template-columns:1fr}
 .curves{grid-template-columns:1fr}}

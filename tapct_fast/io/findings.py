@@ -17,9 +17,8 @@ Readers name the severity; nobody else decides. No finding holds a patient's nam
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, NoReturn, get_args
 
-from tapct_fast.errors import FormatError, InputError
+from tapct_fast.errors import POLICIES, FormatError, InputError, Policy
 
-Policy = Literal["error", "warn", "repair"]
 Severity = Literal["note", "doubt", "mend", "refuse"]
 
 # The reason codes of findings, reports and quarantines. Append only: archives are sorted by them.
@@ -54,7 +53,6 @@ _ALLOWED: dict[Policy, tuple[Severity, ...]] = {
     "warn": ("note", "doubt"),
     "repair": ("note", "doubt", "mend"),
 }
-POLICIES: tuple[str, ...] = get_args(Policy)
 
 
 class Finding(NamedTuple):
@@ -82,9 +80,15 @@ class Report:
     findings: tuple[Finding, ...] = ()
     facts: dict[str, Any] = field(default_factory=dict)
 
-    def is_accepted(self, policy: Policy) -> bool:
-        """Say whether ``read_volume`` with this policy returns the scan."""
-        return all(finding.severity in _ALLOWED[policy] for finding in self.findings)
+    @classmethod
+    def of_error(cls, error: FormatError) -> "Report":
+        """Return the report of a scan that could not be inspected any further."""
+        return cls((Finding("refuse", code_of(error), error.field, error.reason),))
+
+    def refusal(self, policy: Policy) -> Finding | None:
+        """Return the finding with which ``read_volume`` refuses the scan, None if it accepts."""
+        allowed = _ALLOWED[policy]
+        return next((f for f in self.findings if f.severity not in allowed), None)
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as JSON values."""
@@ -141,7 +145,7 @@ class Inspection:
 
     def record(self, error: FormatError) -> None:
         """Record an error that a reader raised by itself, unless it is the last finding."""
-        found = Finding("refuse", code_of(error), error.field, error.reason)
+        (found,) = Report.of_error(error).findings
         if not (self._findings and self._findings[-1][1:] == found[1:]):
             self._findings.append(found)
 

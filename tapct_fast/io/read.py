@@ -12,10 +12,10 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from tapct_fast.errors import FormatError, InputError
+from tapct_fast.errors import FormatError, InputError, Policy
 from tapct_fast.io.dicom import read_series
 from tapct_fast.io.dicom_slice import DICOM_SUFFIXES
-from tapct_fast.io.findings import Inspection, Policy, Report
+from tapct_fast.io.findings import Inspection, Report
 from tapct_fast.io.itk import read_itk, read_itk_labels
 from tapct_fast.io.nifti import read_nifti, read_nifti_labels
 from tapct_fast.io.volume import Volume
@@ -67,8 +67,8 @@ def check_volume(path: Path | str, *, series: str | None = None, check_hu: bool 
         check_hu: Doubt values which cannot be Hounsfield units.
 
     Returns:
-        The findings that ``read_volume`` would meet; ``report.is_accepted(policy)`` says whether it
-        would return the scan. A finding of severity ``refuse`` ends the inspection.
+        The findings that ``read_volume`` would meet; ``report.refusal(policy)`` says which of them
+        would stop it. A finding of severity ``refuse`` ends the inspection.
 
     Raises:
         InputError: Nothing is there, or an optional reader is not installed.
@@ -87,7 +87,7 @@ def check_series(folder: Path | str, *, series: str | None = None, check_hu: boo
     Raises:
         InputError: There is no such folder, archive or series, or pydicom is not installed.
     """
-    if _kind(Path(folder)) != "dicom":
+    if not is_series(Path(folder)):
         raise InputError("this is not a folder or zip archive of DICOM files; use check_volume")
     return check_volume(folder, series=series, check_hu=check_hu)
 
@@ -189,6 +189,16 @@ def _search(folder: Path) -> Iterator[Path]:
         if any(_looks_like_dicom(path) for path in shown):
             yield here
         yield from (path for path in shown if _has_suffix(path, _NIFTI_SUFFIXES + _ITK_SUFFIXES))
+
+
+def is_series(path: Path) -> bool:
+    """Say whether a scan is a folder or archive of DICOM files, which may hold several series.
+
+    Raises:
+        InputError: Nothing is there.
+        FormatError: It is no scan.
+    """
+    return _kind(path) == "dicom"
 
 
 def _kind(path: Path) -> Literal["dicom", "nifti", "itk"]:
