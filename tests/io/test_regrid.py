@@ -1,4 +1,4 @@
-"""Slices put on an even grid stay where the patient was: held to fields and spheres in the world."""
+"""Slices put on an even grid stay where the patient was: held to fields and spheres in space."""
 
 import math
 import tracemalloc
@@ -34,7 +34,7 @@ def scan(field, position_N: np.ndarray, shift_N2: np.ndarray, size: tuple[int, i
 
 def places(grid: EvenGrid, shift_N2: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the world z, y, x millimetres of every voxel of the grid."""
-    origin = np.array(grid.offset_zyx_mm) + (0.0, *shift_N2[0])
+    origin = np.add(grid.offset_zyx_mm, (0.0, *shift_N2[0]))
     return tuple(
         o + s * i
         for o, s, i in zip(origin, grid.spacing_mm, np.indices(grid.hu_ZYX.shape), strict=True)
