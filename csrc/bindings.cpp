@@ -135,9 +135,10 @@ py::dict dicom_values(const tapct::DicomScan& scan) {
 }
 
 void read_slices(Volume& out_ZYX, const py::list& slices, std::size_t threads) {
-  if (out_ZYX.ndim() != 3 || out_ZYX.shape(0) != static_cast<py::ssize_t>(slices.size())) {
-    throw std::invalid_argument("read_slices: out_ZYX must have one place for each slice");
+  if (out_ZYX.ndim() != 3) {
+    throw std::invalid_argument("read_slices: out_ZYX must have three axes");
   }
+  std::vector<bool> is_taken(static_cast<std::size_t>(out_ZYX.shape(0)));
   std::vector<py::buffer_info> buffers;
   std::vector<tapct::StoredSlice> stored;
   for (const py::handle& slice : slices) {
@@ -147,6 +148,7 @@ void read_slices(Volume& out_ZYX, const py::list& slices, std::size_t threads) {
     stored.push_back({
         .source = dicom_source(slice.attr("source"), buffers),
         .place = slice.attr("place").cast<std::string>(),
+        .index = slice.attr("index").cast<std::size_t>(),
         .pixel_offset = slice.attr("pixel_offset").cast<std::uint64_t>(),
         .pixel_bytes = slice.attr("pixel_bytes").cast<std::uint64_t>(),
         .deflated_at = optional("deflated_at"),
@@ -160,6 +162,12 @@ void read_slices(Volume& out_ZYX, const py::list& slices, std::size_t threads) {
     if (stored.back().bits_stored < 1 || stored.back().bits_stored > 16) {
       throw std::invalid_argument("read_slices: bits_stored must be 1..16");
     }
+    // Threads write the slices: two of them in one place would race.
+    const std::size_t index = stored.back().index;
+    if (index >= is_taken.size() || is_taken[index]) {
+      throw std::invalid_argument("read_slices: each index must be one free place of out_ZYX");
+    }
+    is_taken[index] = true;
   }
   const std::span<std::int16_t> out(out_ZYX.mutable_data(),
                                     static_cast<std::size_t>(out_ZYX.size()));

@@ -204,7 +204,7 @@ void read_slices(std::span<const StoredSlice> slices, std::size_t pixels_per_sli
   // The first slice's error is thrown, whichever thread was first.
   std::vector<std::exception_ptr> errors(slices.size());
   parallel_for(slices.size(), num_threads, [&](std::size_t index) {
-    const auto values = out.subspan(index * pixels_per_slice, pixels_per_slice);
+    const auto values = out.subspan(slices[index].index * pixels_per_slice, pixels_per_slice);
     try {
       read_stored(slices[index], std::as_writable_bytes(values));
       map_slice(slices[index], values);

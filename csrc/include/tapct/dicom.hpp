@@ -63,7 +63,8 @@ std::vector<DicomScan> scan_dicom(std::span<const DicomSource> sources,
 // Where the stored values of one slice lie, and how they become HU.
 struct StoredSlice {
   DicomSource source;
-  std::string place;  // "file 3 of 40": names the slice in an error
+  std::string place;      // "file 3 of 40": names the slice in an error
+  std::size_t index = 0;  // its place in the volume; no two slices share one
   std::uint64_t pixel_offset = 0;
   std::uint64_t pixel_bytes = 0;
   std::optional<std::uint64_t> deflated_at;
@@ -75,7 +76,7 @@ struct StoredSlice {
   double intercept = 0;
 };
 
-// Writes round_half_even(stored * slope + intercept) of every slice behind one another into `out`.
+// Writes round_half_even(stored * slope + intercept) of every slice into its place of `out`.
 // Padding that leaves int16 becomes -32768: it is no measurement, and must neither condemn the scan
 // nor look like metal. Throws FormatError where a slice has more or fewer bytes than
 // `pixels_per_slice` needs, a value has more than bits_stored bits, or HU leave int16.
