@@ -18,6 +18,8 @@ from tapct_fast.io.findings import Inspection
 from tapct_fast.io.orient import spacing_of
 from tapct_fast.io.volume import Volume
 
+_CT_CLASSES = ("", CT_IMAGE, *MULTI_FRAME_CT)
+
 # Printed when a folder holds no CT; any other text in the field could be a name.
 _MODALITIES = frozenset(
     {
@@ -126,7 +128,9 @@ def _choose(groups: dict[str, list[DicomFile]], series: str | None) -> list[Dico
         key: files
         for key, files in groups.items()
         if any(text_of(file.header, "Modality") == "CT" for file in files)
-        and any(text_of(file.header, "SOPClassUID") in ("", CT_IMAGE, *MULTI_FRAME_CT) for file in files)
+        and any(
+            text_of(file.header, "SOPClassUID") in ("", CT_IMAGE, *MULTI_FRAME_CT) for file in files
+        )
         and not all(is_localizer(file.header) for file in files)
     }
     if series is None and len(candidates) == 1:

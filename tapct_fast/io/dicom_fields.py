@@ -120,11 +120,15 @@ def numbers_of(
     else:
         items = [value] if isinstance(value, int | float) else list(value)
     try:
+        if any(isinstance(item, str) and "_" in item for item in items):
+            raise ValueError("Python reads 1_0 as 10")
         numbers = tuple(float(item) for item in items)
     except (TypeError, ValueError, OverflowError):
         raise FormatError(field, f"is not {count} number(s) in {place}", "header") from None
-    if len(numbers) != count or not all(map(math.isfinite, numbers)):
-        raise FormatError(field, f"is not {count} finite number(s) in {place}", "header")
+    if len(numbers) != count:
+        raise FormatError(field, f"is not {count} number(s) in {place}", "header")
+    if not all(map(math.isfinite, numbers)):
+        raise FormatError(field, f"is not finite in {place}", "header")
     return numbers
 
 

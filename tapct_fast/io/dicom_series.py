@@ -30,6 +30,7 @@ from tapct_fast.io.slices import SliceStack, stack_slices
 from tapct_fast.io.volume import MAX_VOXELS, Volume
 
 # Slices of one scan agree on these.
+_MATRIX = ("Rows", "Columns")
 SHARED_FIELDS = ("PatientID", "FrameOfReferenceUID", "SeriesNumber", "ConvolutionKernel")
 _POSITION = "ImagePositionPatient"
 
@@ -65,9 +66,6 @@ def read_volume_of(files: list[DicomFile], inspection: Inspection, threads: int)
         file_ZYX, affine = _repair(file_ZYX, stack, inspection)
     hu_ZYX, affine = to_lps(file_ZYX, affine)
     return Volume(hu_ZYX=hu_ZYX, spacing_mm=spacing_of(affine), affine=affine)
-
-
-_MATRIX = ("Rows", "Columns")
 
 
 def stack_of(files: Sequence[DicomFile]) -> SliceStack:
@@ -141,7 +139,9 @@ def _check_shared(files: list[DicomFile], refusals: _Refusals) -> None:
             size = integer_of(file.header, field, file.place)
             if size != first:
                 raise FormatError(
-                    field, f"is {size} in {file.place}, {first} in the first slice", "foreign_slices"
+                    field,
+                    f"is {size} in {file.place}, {first} in the first slice",
+                    "foreign_slices",
                 )
 
     for field in SHARED_FIELDS:

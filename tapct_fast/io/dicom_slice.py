@@ -119,9 +119,9 @@ class _StoredSlice(NamedTuple):
     intercept: float
 
 
-def read_slices(files: Sequence[DicomFile], rows: int, columns: int, threads: int) -> NDArray[
-    np.int16
-]:
+def read_slices(
+    files: Sequence[DicomFile], rows: int, columns: int, threads: int
+) -> NDArray[np.int16]:
     """Read slices, which ``check_slice`` has passed, in their order.
 
     Returns:
@@ -234,9 +234,7 @@ def _fragments(value: bytes, place: str) -> list[bytes]:
         if (group, element, length) == (0xFFFE, 0xE0DD, 0) and items:
             return items
         if (group, element) != (0xFFFE, 0xE000):
-            raise FormatError(
-                "PixelData", f"{place} cannot be decoded; it is damaged", "integrity"
-            )
+            raise FormatError("PixelData", f"{place} cannot be decoded; it is damaged", "integrity")
         if length > len(value) - at:
             break
         items.append(value[at : at + length])
