@@ -1,10 +1,8 @@
 """Decode one compressed DICOM frame, after checking that its stream is what the header says.
 
-What no check sees: JPEG lossless has no checksum and its decoders no strictness, so that a stream
-whose entropy-coded part is damaged, but ends as it should, gives wrong pixels without an error.
-
-Decoders fill the rest of a cut stream without a word, and believe the size a stream declares: one
-of 60000 x 60000 fills memory, and one of 512 rows under a header of 256 gives half an image.
+JPEG lossless has neither a checksum nor a strict decoder: of a stream whose entropy-coded part is
+cut GDCM makes a picture and only prints a complaint, which the worker process (``dicom_worker``)
+reads.
 
 Shape suffixes: S rows or columns as stored.
 """
@@ -23,6 +21,8 @@ Pixels = NDArray[np.integer[Any]]  # int16 or uint16
 
 MAX_STREAM_BYTES = 2**28  # as much as one slice may have unpacked: 8192 x 8192 int16, and room
 RLE_LOSSLESS = "1.2.840.10008.1.2.5"
+# Decoders of these complain on stderr and go on; see the module's docstring.
+LENIENT_SYNTAXES = frozenset(f"1.2.840.10008.1.2.4.{end}" for end in (50, 51, 57, 70))
 _JPEG_EXTENDED = "1.2.840.10008.1.2.4.51"
 
 _J2K_START, _END_OF_IMAGE = b"\xff\x4f\xff\x51", b"\xff\xd9"

@@ -4,7 +4,8 @@ Why processes: the decoders hold the interpreter's lock, so threads gain nothing
 crashes on hostile bytes would take the caller with it. Why not ``multiprocessing``: to spawn runs
 the caller's main module once more, and to fork with threads running may hang.
 
-A series below ``MIN_PARALLEL_BYTES`` is decoded in this process.
+A series below ``MIN_PARALLEL_BYTES`` is decoded in this process, unless it is JPEG lossless, whose
+damage only a process of its own can tell.
 """
 
 import os
@@ -22,7 +23,13 @@ from typing import Self
 import numpy as np
 
 from tapct_fast.errors import FormatError, InputError
-from tapct_fast.io.dicom_codec import FrameJob, Pixels, check_decoder, decode_frame
+from tapct_fast.io.dicom_codec import (
+    LENIENT_SYNTAXES,
+    FrameJob,
+    Pixels,
+    check_decoder,
+    decode_frame,
+)
 from tapct_fast.io.dicom_errors import silence_pydicom
 from tapct_fast.io.dicom_worker import read_message, write_message
 
@@ -45,7 +52,8 @@ def decode_frames(jobs: Sequence[FrameJob], *, workers: int | None = None) -> It
 
     Args:
         jobs: All the frames of a series.
-        workers: Processes; 0 decodes in this process, None chooses by the size of the series.
+        workers: Processes; None chooses by the size and syntax of the series. 0 decodes in this
+            process, where a damaged JPEG lossless stream may pass as a wrong picture.
 
     Yields:
         Each frame as (rows, columns) of int16 where signed, else uint16, before slope and
@@ -61,7 +69,8 @@ def decode_frames(jobs: Sequence[FrameJob], *, workers: int | None = None) -> It
             check_decoder(syntax, place)
     if workers is None:
         is_small = sum(job.num_bytes for job in jobs) < MIN_PARALLEL_BYTES
-        workers = 0 if is_small or not sys.executable else min(_num_cores(), len(jobs))
+        is_lenient = any(job.syntax in LENIENT_SYNTAXES for job in jobs)
+        workers = (1 if is_lenient else 0) if is_small else min(_num_cores(), len(jobs))
     if workers == 0:
         for job in jobs:
             yield decode_frame(job)
@@ -83,6 +92,8 @@ class DecoderPool:
     def __init__(self, workers: int) -> None:
         if workers < 1:
             raise InputError(f"workers={workers} is not positive")
+        if not sys.executable:
+            raise InputError("this program cannot start another Python; decode with workers=0")
         self._num_ahead = _MAX_AHEAD * workers
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="dicom-decoder")
         self._lock = threading.Lock()

@@ -9,14 +9,17 @@ import json
 import os
 import signal
 import sys
+import tempfile
 from pathlib import Path
 from typing import IO, Any
 
 from tapct_fast.errors import FormatError, InputError
-from tapct_fast.io.dicom_codec import MAX_STREAM_BYTES, FrameJob, decode_frame
+from tapct_fast.io.dicom_codec import LENIENT_SYNTAXES, MAX_STREAM_BYTES, FrameJob, decode_frame
 
 _MAX_LINE_BYTES = 4096
 _MAX_MEMORY_BYTES = 2**31  # beyond the libraries; JPEG 2000 of 8192 x 8192 needs about 0.8 GB
+_MAX_PRINTED_BYTES = 2**20  # by the decoder of one frame
+_COMPLAINT = b"Corrupt JPEG data"  # libjpeg's jerror.h: too many or few bytes before a marker
 _ALARM_MARGIN_S = 5.0  # the parent's own limit comes first and knows which frame it was
 
 
@@ -55,9 +58,11 @@ def read_message(pipe: IO[bytes], max_bytes: int) -> tuple[dict[str, Any], bytea
 
 def main() -> None:
     """Serve jobs until the input ends."""
-    # Decoders print to file descriptor 1: the replies get one of their own.
+    # Decoders print to file descriptors 1 and 2: the replies get one of their own.
     replies = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
     if hasattr(signal, "SIGALRM"):
         signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process inside any decoder
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the group; the parent decides
@@ -79,9 +84,16 @@ def main() -> None:
 def _serve(replies: IO[bytes], header: dict[str, Any], stream: bytes) -> None:
     if hasattr(signal, "setitimer"):
         signal.setitimer(signal.ITIMER_REAL, float(header["timeout_s"]) + _ALARM_MARGIN_S)
+    os.lseek(2, 0, os.SEEK_SET)
+    os.ftruncate(2, 0)
     fields = {name: header[name] for name in FrameJob._fields if name != "stream"}
     try:
-        pixels_SS = decode_frame(FrameJob(stream, **fields))
+        job = FrameJob(stream, **fields)
+        pixels_SS = decode_frame(job)
+        if job.syntax in LENIENT_SYNTAXES and _COMPLAINT in os.pread(2, _MAX_PRINTED_BYTES, 0):
+            raise FormatError(
+                "PixelData", f"{job.place} is damaged: its image ends too soon or late", "integrity"
+            )
     except FormatError as error:
         reply = {"field": error.field, "reason": error.reason, "code": error.code}
         write_message(replies, reply, b"")
@@ -94,12 +106,13 @@ def _serve(replies: IO[bytes], header: dict[str, Any], stream: bytes) -> None:
 
 
 def _limit_memory() -> None:
-    """Bound what a hostile stream can make a decoder allocate; on Linux only."""
+    """Bound what a hostile stream can make a decoder allocate and print; on Linux only."""
     statm = Path("/proc/self/statm")
     if not statm.exists():
         return
     import resource
 
+    resource.setrlimit(resource.RLIMIT_FSIZE, (_MAX_PRINTED_BYTES, _MAX_PRINTED_BYTES))
     used = int(statm.read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     soft = used + _MAX_MEMORY_BYTES

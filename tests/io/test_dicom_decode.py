@@ -172,6 +172,36 @@ def test_a_j2k_bomb_is_refused_by_its_own_size(real_ct: Path) -> None:
 @pytest.mark.parametrize(
     "harm",
     [
+        lambda s: s[: len(s) // 2] + s[-2:],
+        lambda s: s[: len(s) * 99 // 100] + s[-2:],
+        lambda s: s[: len(s) // 2] + s[len(s) // 2 + 10 :],
+        lambda s: s[: len(s) // 2] + b"abcdefgh" + s[len(s) // 2 :],
+    ],
+)
+@pytest.mark.parametrize("syntax", ["jpegls", "j2k", "jpll"])
+def test_a_real_stream_cut_inside_but_ended_is_refused(real_ct: Path, harm, syntax: str) -> None:
+    job = job_of(dcmread(real_ct / "dicom" / "crlm1004_syntaxes" / syntax / "000.dcm"))
+    harmed = job._replace(stream=harm(job.read().rstrip(b"\0")))
+    with pytest.raises(FormatError, match="damaged") as caught:
+        list(decode_frames([harmed]))
+    assert (caught.value.field, caught.value.code) == ("PixelData", "integrity")
+
+
+def test_a_complaint_about_one_frame_is_not_held_against_the_next(real_ct: Path) -> None:
+    job = job_of(dcmread(real_ct / "dicom" / "crlm1004_syntaxes" / "jpll" / "000.dcm"))
+    stream = job.read().rstrip(b"\0")
+    harmed = job._replace(stream=stream[: len(stream) // 2] + stream[-2:])
+    with DecoderPool(1) as pool:
+        with pytest.raises(FormatError):
+            list(pool.decode([harmed]))
+        (pid,) = process_ids(pool)
+        np.testing.assert_array_equal(next(pool.decode([job])), decode_frame(job))
+        assert process_ids(pool) == [pid]
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
         lambda s: s[:-30],
         lambda s: s + b"\x05abcdef",  # more than the image
         lambda s: s[:200],
