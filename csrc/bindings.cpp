@@ -10,6 +10,7 @@
 #include <system_error>
 
 #include "tapct/b2nd.hpp"
+#include "tapct/dicom.hpp"
 #include "tapct/error.hpp"
 #include "tapct/gpu.hpp"
 #include "tapct/inflate.hpp"
@@ -95,6 +96,86 @@ Volume read_box(const std::string& path, const std::vector<std::uint32_t>& crc32
   return out;
 }
 
+// A path, or a file's content: the buffer must outlive the source.
+tapct::DicomSource dicom_source(const py::handle& source, std::vector<py::buffer_info>& buffers) {
+  if (py::isinstance<py::str>(source) || py::isinstance<py::bytes>(source)) {
+    return source.cast<std::string>();
+  }
+  buffers.push_back(py::reinterpret_borrow<py::buffer>(source).request());
+  const py::buffer_info& buffer = buffers.back();
+  if (buffer.ndim != 1 || buffer.itemsize != 1 || buffer.strides[0] != 1) {
+    throw std::invalid_argument("a file in memory must be contiguous bytes");
+  }
+  return std::span(static_cast<const std::byte*>(buffer.ptr),
+                   static_cast<std::size_t>(buffer.size));
+}
+
+std::vector<tapct::DicomScan> scan_dicom(
+    const py::list& sources, const std::vector<std::pair<std::string, std::uint32_t>>& tags,
+    std::size_t threads) {
+  std::vector<tapct::DicomTag> wanted;
+  for (const auto& [keyword, tag] : tags) {
+    wanted.push_back({keyword, tag});
+  }
+  std::vector<py::buffer_info> buffers;
+  std::vector<tapct::DicomSource> files;
+  for (const py::handle& source : sources) {
+    files.push_back(dicom_source(source, buffers));
+  }
+  const py::gil_scoped_release release;
+  return tapct::scan_dicom(files, wanted, threads);
+}
+
+py::dict dicom_values(const tapct::DicomScan& scan) {
+  py::dict values;
+  for (const tapct::DicomValue& value : scan.header.values) {
+    values[py::str(value.keyword)] = py::make_tuple(value.vr, py::bytes(value.bytes));
+  }
+  return values;
+}
+
+void read_slices(Volume& out_ZYX, const py::list& slices, std::size_t threads) {
+  if (out_ZYX.ndim() != 3) {
+    throw std::invalid_argument("read_slices: out_ZYX must have three axes");
+  }
+  std::vector<bool> is_taken(static_cast<std::size_t>(out_ZYX.shape(0)));
+  std::vector<py::buffer_info> buffers;
+  std::vector<tapct::StoredSlice> stored;
+  for (const py::handle& slice : slices) {
+    const auto optional = [&](const char* name) {
+      return slice.attr(name).cast<std::optional<std::uint64_t>>();
+    };
+    stored.push_back({
+        .source = dicom_source(slice.attr("source"), buffers),
+        .place = slice.attr("place").cast<std::string>(),
+        .index = slice.attr("index").cast<std::size_t>(),
+        .pixel_offset = slice.attr("pixel_offset").cast<std::uint64_t>(),
+        .pixel_bytes = slice.attr("pixel_bytes").cast<std::uint64_t>(),
+        .deflated_at = optional("deflated_at"),
+        .big_endian = slice.attr("is_big_endian").cast<bool>(),
+        .is_signed = slice.attr("is_signed").cast<bool>(),
+        .bits_stored = slice.attr("bits_stored").cast<unsigned>(),
+        .padding = slice.attr("padding").cast<std::optional<std::uint16_t>>(),
+        .slope = slice.attr("slope").cast<double>(),
+        .intercept = slice.attr("intercept").cast<double>(),
+    });
+    if (stored.back().bits_stored < 1 || stored.back().bits_stored > 16) {
+      throw std::invalid_argument("read_slices: bits_stored must be 1..16");
+    }
+    // Threads write the slices: two of them in one place would race.
+    const std::size_t index = stored.back().index;
+    if (index >= is_taken.size() || is_taken[index]) {
+      throw std::invalid_argument("read_slices: each index must be one free place of out_ZYX");
+    }
+    is_taken[index] = true;
+  }
+  const std::span<std::int16_t> out(out_ZYX.mutable_data(),
+                                    static_cast<std::size_t>(out_ZYX.size()));
+  const auto pixels = static_cast<std::size_t>(out_ZYX.shape(1) * out_ZYX.shape(2));
+  const py::gil_scoped_release release;
+  tapct::read_slices(stored, pixels, out, threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -140,6 +221,28 @@ PYBIND11_MODULE(_native, m) {
         py::arg("codec"), py::arg("clevel"), py::arg("chunk_zyx"), py::arg("block_zyx"));
   m.def("read_box", &read_box, py::arg("path"), py::arg("crc32s"), py::arg("lo_zyx"),
         py::arg("shape_zyx"));
+
+  using tapct::DicomScan;
+  py::class_<DicomScan>(m, "DicomScan", py::metaclass(reinterpret_cast<PyObject*>(&PyType_Type)))
+      .def_readonly("has_mark", &DicomScan::has_mark)
+      .def_property_readonly("start", [](const DicomScan& s) { return py::bytes(s.start); })
+      .def_readonly("field", &DicomScan::field)
+      .def_readonly("reason", &DicomScan::reason)
+      .def_readonly("os_error", &DicomScan::os_error)
+      .def_property_readonly("values", &dicom_values)
+      .def_property_readonly("transfer_syntax",
+                             [](const DicomScan& s) { return s.header.transfer_syntax; })
+      .def_property_readonly("is_big_endian",
+                             [](const DicomScan& s) { return s.header.big_endian; })
+      .def_property_readonly("deflated_at", [](const DicomScan& s) { return s.header.deflated_at; })
+      .def_property_readonly("num_bytes", [](const DicomScan& s) { return s.header.num_bytes; })
+      .def_property_readonly("pixel_offset",
+                             [](const DicomScan& s) { return s.header.pixel_offset; })
+      .def_property_readonly("pixel_bytes",
+                             [](const DicomScan& s) { return s.header.pixel_bytes; });
+  m.def("scan_dicom", &scan_dicom, py::arg("sources"), py::arg("tags"), py::arg("threads"));
+  m.def("read_slices", &read_slices, py::arg("out_ZYX").noconvert(), py::arg("slices"),
+        py::arg("threads"));
   m.def("inflate_backend", &tapct::inflate_backend);
   m.def("blosc2_version", &tapct::blosc2_version);
   m.def("cuda_devices", &tapct::cuda_devices, py::call_guard<py::gil_scoped_release>());

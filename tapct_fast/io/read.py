@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tapct_fast.errors import FormatError, InputError, Policy
+from tapct_fast.io.archive import is_zip
 from tapct_fast.io.dicom import read_series
-from tapct_fast.io.dicom_slice import DICOM_SUFFIXES
+from tapct_fast.io.dicom_file import DICOM_SUFFIXES
 from tapct_fast.io.findings import Inspection, Report
 from tapct_fast.io.itk import read_itk, read_itk_labels
 from tapct_fast.io.nifti import read_nifti, read_nifti_labels
@@ -41,7 +42,7 @@ def read_volume(
 
     Args:
         path: A ``.nii``, ``.nii.gz``, ``.nrrd``, ``.nhdr``, ``.mha`` or ``.mhd`` file, or a folder
-            with the slices of a DICOM series.
+            or zip archive with the slices of a DICOM series.
         series: Which series of a DICOM folder with several; see ``io.dicom.list_series``.
         check_hu: Doubt values which cannot be Hounsfield units.
         policy: What becomes of doubts and of damage that can be repaired: ``error`` refuses both,
@@ -210,6 +211,8 @@ def _kind(path: Path) -> Literal["dicom", "nifti", "itk"]:
             start = file.read(352)
     except OSError as error:
         raise InputError(f"the scan cannot be opened: {error.strerror}; check the path") from None
+    if is_zip(start):
+        return "dicom"
     if start[128:132] == b"DICM" or _has_suffix(path, DICOM_SUFFIXES):
         raise InputError("one DICOM file is not a volume; give the folder that holds its series")
     if start[:4] == b"NRRD" or start[:10] == b"ObjectType" or start[:5] == b"NDims":
