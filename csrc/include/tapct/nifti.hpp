@@ -46,7 +46,7 @@ NiftiHeader parse_nifti_header(std::span<const std::byte> head);
 
 struct NiftiOptions {
   std::uint64_t max_bytes = 0;  // of the file, and of what it decodes to
-  std::size_t threads = 1;  // for gzip members that state their sizes
+  std::size_t threads = 1;      // for gzip members that state their sizes
   // Decode into these bytes instead of a block of our own. As many as the decoded file has suffice
   // (for a plain file: as its voxels have), plus one for each voxel of one byte, plus one.
   std::optional<std::span<std::byte>> buffer{};
