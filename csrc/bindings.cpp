@@ -6,21 +6,26 @@
 #include <cerrno>
 #include <cstring>
 #include <memory>
+#include <optional>
+#include <span>
 #include <stdexcept>
 #include <system_error>
 
 #include "tapct/b2nd.hpp"
 #include "tapct/dicom.hpp"
+#include "tapct/deflate.hpp"
 #include "tapct/error.hpp"
 #include "tapct/gpu.hpp"
 #include "tapct/inflate.hpp"
 #include "tapct/nifti.hpp"
+#include "tapct/voxels.hpp"
 
 namespace py = pybind11;
 
 namespace {
 
 using Volume = py::array_t<std::int16_t, py::array::c_style>;
+using Bytes = py::array_t<std::uint8_t, py::array::c_style>;
 
 void set_error(const char* name, const py::tuple& arguments) {
   const py::object kind = py::module_::import("tapct_fast.errors").attr(name);
@@ -34,7 +39,9 @@ void translate(std::exception_ptr pointer) {
       std::rethrow_exception(pointer);
     }
   } catch (const tapct::FormatError& error) {
-    set_error("FormatError", py::make_tuple(error.field(), error.what()));
+    set_error("FormatError", py::make_tuple(error.field(), error.what(), error.code()));
+  } catch (const tapct::InputError& error) {
+    set_error("InputError", py::make_tuple(error.what()));
   } catch (const tapct::StoreError& error) {
     set_error("StoreError", py::make_tuple(error.what()));
   } catch (const tapct::DeviceError& error) {
@@ -48,19 +55,81 @@ void translate(std::exception_ptr pointer) {
   }
 }
 
+// An image and the array of the caller that holds its voxels, if one was given.
+struct NiftiImage {
+  tapct::NiftiImage image;
+  py::object buffer;
+};
+
 // The array shares the image's memory and keeps it alive.
-py::array voxels_of(const std::shared_ptr<tapct::NiftiImage>& image) {
-  const auto& dims = image->header.dims_xyz;
-  auto* owner = new std::shared_ptr<tapct::NiftiImage>(image);
-  const py::capsule base(owner, [](void* pointer) {
-    delete static_cast<std::shared_ptr<tapct::NiftiImage>*>(pointer);
-  });
-  return py::array_t<std::int16_t>({dims[2], dims[1], dims[0]}, image->voxels().data(), base);
+py::array voxels_of(const py::object& self) {
+  const auto& image = self.cast<const NiftiImage&>().image;
+  const auto& dims = image.header.dims_xyz;
+  return py::array_t<std::int16_t>({dims[2], dims[1], dims[0]}, image.voxels.data(), self);
 }
 
-py::array_t<double> srow_of(const tapct::NiftiImage& image) {
+std::shared_ptr<NiftiImage> read_nifti(const std::string& path, std::uint64_t max_bytes,
+                                       const std::optional<Bytes>& buffer, std::size_t threads) {
+  tapct::NiftiOptions options{max_bytes, threads};
+  if (buffer) {
+    Bytes bytes = *buffer;
+    options.buffer = std::as_writable_bytes(
+        std::span(bytes.mutable_data(), static_cast<std::size_t>(bytes.size())));
+  }
+  auto read = std::make_shared<NiftiImage>();
+  if (buffer) {
+    read->buffer = *buffer;
+  }
+  const py::gil_scoped_release release;
+  read->image = tapct::read_nifti(path, options);
+  return read;
+}
+
+void write_gzip(const std::string& path, const Bytes& head, const Bytes& body, int level,
+                std::size_t threads) {
+  if (level < 1 || level > 9) {
+    throw std::invalid_argument("write_gzip: level must be 1 to 9");
+  }
+  const auto bytes_of = [](const Bytes& array) {
+    return std::as_bytes(std::span(array.data(), static_cast<std::size_t>(array.size())));
+  };
+  const auto head_bytes = bytes_of(head);
+  const auto body_bytes = bytes_of(body);
+  const py::gil_scoped_release release;
+  tapct::write_gzip(path, head_bytes, body_bytes, level, threads);
+}
+
+std::span<std::int16_t> span_of(Volume& volume) {
+  return {volume.mutable_data(), static_cast<std::size_t>(volume.size())};
+}
+
+void flip(Volume data_ZYX, const std::array<bool, 3>& axes_zyx) {
+  if (data_ZYX.ndim() != 3) {
+    throw std::invalid_argument("flip: data_ZYX must have three axes");
+  }
+  const auto size = [&](int axis) { return static_cast<std::size_t>(data_ZYX.shape(axis)); };
+  const std::array<std::size_t, 3> shape_zyx{size(0), size(1), size(2)};
+  const auto voxels = span_of(data_ZYX);
+  const py::gil_scoped_release release;
+  tapct::flip_voxels(voxels, shape_zyx, axes_zyx);
+}
+
+py::tuple hu_stats(const Volume& hu, std::int16_t low, std::int16_t high) {
+  if (hu.size() == 0) {
+    throw std::invalid_argument("hu_stats: there are no voxels");
+  }
+  const std::span<const std::int16_t> voxels(hu.data(), static_cast<std::size_t>(hu.size()));
+  tapct::VoxelRange found;
+  {
+    const py::gil_scoped_release release;
+    found = tapct::range_of(voxels, low, high);
+  }
+  return py::make_tuple(found.min, found.max, found.num_inside);
+}
+
+py::array_t<double> srow_of(const NiftiImage& read) {
   py::array_t<double> rows({3, 4});
-  std::memcpy(rows.mutable_data(), image.header.srow.data(), sizeof(image.header.srow));
+  std::memcpy(rows.mutable_data(), read.image.header.srow.data(), sizeof(read.image.header.srow));
   return rows;
 }
 
@@ -183,40 +252,47 @@ PYBIND11_MODULE(_native, m) {
   py::register_exception_translator(&translate);
   m.attr("has_cuda") = static_cast<bool>(TAPCT_HAS_CUDA);
 
-  using tapct::NiftiImage;
   py::class_<NiftiImage, std::shared_ptr<NiftiImage>>(
       m, "NiftiImage", py::metaclass(reinterpret_cast<PyObject*>(&PyType_Type)))
       .def_property_readonly("data_ZYX", &voxels_of)
-      .def_property_readonly("version", [](const NiftiImage& i) { return i.header.version; })
-      .def_property_readonly("big_endian", [](const NiftiImage& i) { return i.header.big_endian; })
+      .def_property_readonly("version", [](const NiftiImage& i) { return i.image.header.version; })
+      .def_property_readonly("big_endian",
+                             [](const NiftiImage& i) { return i.image.header.big_endian; })
       .def_property_readonly(
-          "dims_xyz", [](const NiftiImage& i) { return py::tuple(py::cast(i.header.dims_xyz)); })
+          "dims_xyz",
+          [](const NiftiImage& i) { return py::tuple(py::cast(i.image.header.dims_xyz)); })
       .def_property_readonly(
           "pixdim_xyz",
-          [](const NiftiImage& i) { return py::tuple(py::cast(i.header.pixdim_xyz)); })
-      .def_property_readonly("qfac", [](const NiftiImage& i) { return i.header.qfac; })
-      .def_property_readonly("xyzt_units", [](const NiftiImage& i) { return i.header.xyzt_units; })
-      .def_property_readonly("datatype", [](const NiftiImage& i) { return i.header.datatype; })
-      .def_property_readonly("slope", [](const NiftiImage& i) { return i.header.scl_slope; })
-      .def_property_readonly("inter", [](const NiftiImage& i) { return i.header.scl_inter; })
-      .def_property_readonly("rounded", [](const NiftiImage& i) { return i.rounded; })
-      .def_property_readonly("qform_code", [](const NiftiImage& i) { return i.header.qform_code; })
-      .def_property_readonly("sform_code", [](const NiftiImage& i) { return i.header.sform_code; })
+          [](const NiftiImage& i) { return py::tuple(py::cast(i.image.header.pixdim_xyz)); })
+      .def_property_readonly("qfac", [](const NiftiImage& i) { return i.image.header.qfac; })
+      .def_property_readonly("xyzt_units",
+                             [](const NiftiImage& i) { return i.image.header.xyzt_units; })
+      .def_property_readonly("datatype",
+                             [](const NiftiImage& i) { return i.image.header.datatype; })
+      .def_property_readonly("slope", [](const NiftiImage& i) { return i.image.header.scl_slope; })
+      .def_property_readonly("inter", [](const NiftiImage& i) { return i.image.header.scl_inter; })
+      .def_property_readonly("rounded", [](const NiftiImage& i) { return i.image.rounded; })
+      .def_property_readonly("num_members", [](const NiftiImage& i) { return i.image.num_members; })
+      .def_property_readonly("has_lone_inter",
+                             [](const NiftiImage& i) { return i.image.header.has_lone_inter; })
+      .def_property_readonly("qform_code",
+                             [](const NiftiImage& i) { return i.image.header.qform_code; })
+      .def_property_readonly("sform_code",
+                             [](const NiftiImage& i) { return i.image.header.sform_code; })
       .def_property_readonly(
           "quaternion_bcd",
-          [](const NiftiImage& i) { return py::tuple(py::cast(i.header.quaternion_bcd)); })
+          [](const NiftiImage& i) { return py::tuple(py::cast(i.image.header.quaternion_bcd)); })
       .def_property_readonly(
           "offset_xyz",
-          [](const NiftiImage& i) { return py::tuple(py::cast(i.header.offset_xyz)); })
+          [](const NiftiImage& i) { return py::tuple(py::cast(i.image.header.offset_xyz)); })
       .def_property_readonly("srow", &srow_of);
 
-  m.def(
-      "read_nifti",
-      [](const std::string& path, std::uint64_t max_bytes) {
-        const py::gil_scoped_release release;
-        return std::make_shared<NiftiImage>(tapct::read_nifti(path, max_bytes));
-      },
-      py::arg("path"), py::arg("max_bytes"));
+  m.def("read_nifti", &read_nifti, py::arg("path"), py::arg("max_bytes"),
+        py::arg("buffer").noconvert() = py::none(), py::arg("threads") = 1);
+  m.def("write_gzip", &write_gzip, py::arg("path"), py::arg("head").noconvert(),
+        py::arg("body").noconvert(), py::arg("level"), py::arg("threads"));
+  m.def("flip", &flip, py::arg("data_ZYX").noconvert(), py::arg("axes_zyx"));
+  m.def("hu_stats", &hu_stats, py::arg("hu").noconvert(), py::arg("low"), py::arg("high"));
   m.def("write_b2nd", &write_b2nd, py::arg("path"), py::arg("data_ZYX").noconvert(),
         py::arg("codec"), py::arg("clevel"), py::arg("chunk_zyx"), py::arg("block_zyx"));
   m.def("read_box", &read_box, py::arg("path"), py::arg("crc32s"), py::arg("lo_zyx"),

@@ -1,11 +1,14 @@
 #include "tapct/inflate.hpp"
 
 #include <algorithm>
+#include <atomic>
 #include <limits>
 #include <memory>
 #include <new>
 
 #include "tapct/error.hpp"
+#include "tapct/gzip_index.hpp"
+#include "tapct/parallel.hpp"
 #include "zlib_ng.hpp"
 
 #ifdef TAPCT_HAS_LIBDEFLATE
@@ -27,6 +30,10 @@ const std::uint8_t* as_u8(const std::byte* bytes) {
 
 [[noreturn]] void truncated() {
   throw FormatError("gzip", "the file ends before its data; copy it again from its source");
+}
+
+[[noreturn]] void too_short() {
+  throw FormatError("gzip", "the stream holds fewer bytes than the header declares");
 }
 
 [[noreturn]] void too_long() {
@@ -86,6 +93,7 @@ class GzipReader {
   }
 
   bool finished() const noexcept { return finished_; }
+  std::size_t num_members() const noexcept { return num_members_; }
 
  private:
   static std::uint32_t clamp(std::size_t size) {
@@ -95,6 +103,7 @@ class GzipReader {
   }
 
   void next_member() {
+    ++num_members_;
     check_ends_with_member(input_);
     finished_ = input_.empty();
     if (!finished_ && zng_inflateReset(&stream_) != zng::ok) {
@@ -104,6 +113,7 @@ class GzipReader {
 
   std::span<const std::byte> input_;
   zng_stream stream_{};
+  std::size_t num_members_ = 0;
   bool finished_ = false;
 };
 
@@ -120,20 +130,27 @@ std::uint64_t max_inflated_size(std::uint64_t compressed_size) noexcept {
   return compressed_size > largest / ratio ? largest : compressed_size * ratio;
 }
 
-std::uint32_t crc32(std::span<const std::byte> bytes, std::uint32_t crc) {
-  return zng_crc32_z(crc, as_u8(bytes.data()), bytes.size());
+std::size_t inflate_prefix(std::span<const std::byte> compressed, std::span<std::byte> out) {
+  return GzipReader(compressed).read(out);
 }
 
 #ifdef TAPCT_HAS_LIBDEFLATE
 
 std::string inflate_backend() { return "libdeflate " LIBDEFLATE_VERSION_STRING; }
 
-void inflate_exactly(std::span<const std::byte> compressed, std::span<std::byte> out) {
+std::uint32_t crc32(std::span<const std::byte> bytes, std::uint32_t crc) {
+  return libdeflate_crc32(crc, bytes.data(), bytes.size());
+}
+
+namespace {
+
+std::size_t inflate_in_order(std::span<const std::byte> compressed, std::span<std::byte> out) {
   const std::unique_ptr<libdeflate_decompressor, decltype(&libdeflate_free_decompressor)>
       decompressor(libdeflate_alloc_decompressor(), &libdeflate_free_decompressor);
   if (!decompressor) {
     throw std::bad_alloc();
   }
+  std::size_t num_members = 0;
   do {
     if (compressed.size() < smallest_member) {
       truncated();
@@ -151,35 +168,66 @@ void inflate_exactly(std::span<const std::byte> compressed, std::span<std::byte>
     }
     compressed = compressed.subspan(consumed);
     out = out.subspan(produced);
+    ++num_members;
     check_ends_with_member(compressed);
   } while (!compressed.empty());
   if (!out.empty()) {
-    throw FormatError("gzip", "the stream holds fewer bytes than the header declares");
+    too_short();
   }
+  return num_members;
 }
+
+}  // namespace
 
 #else
 
 std::string inflate_backend() { return std::string("zlib-ng ") + zlibng_version(); }
 
-void inflate_exactly(std::span<const std::byte> compressed, std::span<std::byte> out) {
+std::uint32_t crc32(std::span<const std::byte> bytes, std::uint32_t crc) {
+  return zng_crc32_z(crc, as_u8(bytes.data()), bytes.size());
+}
+
+namespace {
+
+std::size_t inflate_in_order(std::span<const std::byte> compressed, std::span<std::byte> out) {
   if (compressed.size() < smallest_member) {
     truncated();
   }
   GzipReader reader(compressed);
   const std::size_t produced = reader.read(out);
   if (produced < out.size()) {
-    throw FormatError("gzip", "the stream holds fewer bytes than the header declares");
+    too_short();
   }
   if (!reader.finished()) {
     too_long();
   }
+  return reader.num_members();
 }
+
+}  // namespace
 
 #endif
 
-std::size_t inflate_prefix(std::span<const std::byte> compressed, std::span<std::byte> out) {
-  return GzipReader(compressed).read(out);
+std::size_t inflate_exactly(std::span<const std::byte> compressed, std::span<std::byte> out,
+                            std::size_t threads) {
+  const auto members = threads > 1 ? gzip_index(compressed, out.size()) : std::vector<GzipMember>{};
+  if (members.size() < 2) {
+    return inflate_in_order(compressed, out);
+  }
+  std::atomic<bool> holds{true};
+  parallel_for(members.size(), threads, [&](std::size_t i) {
+    const GzipMember& member = members[i];
+    try {
+      // One member that ends where the index says, and fills what the index says.
+      if (!holds || inflate_in_order(member.compressed,
+                                     out.subspan(member.out_offset, member.out_size)) != 1) {
+        holds = false;
+      }
+    } catch (const FormatError&) {
+      holds = false;
+    }
+  });
+  return holds ? members.size() : inflate_in_order(compressed, out);
 }
 
 }  // namespace tapct

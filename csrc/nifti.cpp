@@ -6,11 +6,11 @@
 #include <cstring>
 #include <limits>
 #include <string_view>
-#include <type_traits>
 
 #include "tapct/error.hpp"
 #include "tapct/file.hpp"
 #include "tapct/inflate.hpp"
+#include "tapct/voxels.hpp"
 
 namespace tapct {
 namespace {
@@ -52,27 +52,16 @@ struct Layout {
 constexpr Layout nifti1{344, 70, 72, 40, 76, 108, 112, 116, 252, 254, 256, 268, 280, 123};
 constexpr Layout nifti2{4, 12, 14, 16, 104, 168, 176, 184, 344, 348, 352, 376, 400, 500};
 
-std::size_t voxel_bytes(std::int32_t datatype) {
-  switch (datatype) {
-    case 2:    // uint8
-    case 256:  // int8
-      return 1;
-    case 4:    // int16
-    case 512:  // uint16
-      return 2;
-    case 8:    // int32
-    case 768:  // uint32
-    case 16:   // float32
-      return 4;
-    case 64:    // float64
-    case 1024:  // int64
-    case 1280:  // uint64
-      return 8;
-    default:
-      throw FormatError("datatype", "code " + std::to_string(datatype) +
-                                        " is not an integer or float type that holds HU; convert "
-                                        "the scan to int16 or float32");
+std::size_t checked_voxel_bytes(std::int32_t datatype) {
+  const std::size_t size = voxel_bytes(datatype);
+  if (size == 0) {
+    throw FormatError("datatype",
+                      "code " + std::to_string(datatype) +
+                          " is not an integer or float type that holds HU; convert the scan to "
+                          "int16 or float32",
+                      "unsupported");
   }
+  return size;
 }
 
 // Spatial axes, checked so that num_voxels() * bytes_per_voxel cannot overflow.
@@ -82,7 +71,8 @@ void read_dims(const std::array<std::int64_t, 8>& dim, NiftiHeader& header) {
   }
   if (dim[0] < 3) {
     throw FormatError("dim[0]",
-                      "the file has " + std::to_string(dim[0]) + " axes; a CT volume has three");
+                      "the file has " + std::to_string(dim[0]) + " axes; a CT volume has three",
+                      "unsupported");
   }
   const auto num_axes = static_cast<std::size_t>(dim[0]);
   for (std::size_t axis = 1; axis <= num_axes; ++axis) {
@@ -93,7 +83,8 @@ void read_dims(const std::array<std::int64_t, 8>& dim, NiftiHeader& header) {
     if (axis > 3 && dim[axis] > 1) {
       throw FormatError("dim[" + std::to_string(axis) + "]",
                         "the file holds " + std::to_string(dim[axis]) +
-                            " volumes; write the wanted one to its own 3D file");
+                            " volumes; write the wanted one to its own 3D file",
+                        "unsupported");
     }
   }
   std::uint64_t budget = std::numeric_limits<std::int64_t>::max() / header.bytes_per_voxel;
@@ -119,6 +110,8 @@ std::uint64_t checked_data_offset(double stored, std::size_t header_bytes) {
 
 void read_scaling(NiftiHeader& header) {
   // 0: "no scaling" by nifti1.h, whatever the intercept. Both NaN: how nibabel marks an unset pair.
+  header.has_lone_inter =
+      header.scl_slope == 0 && header.scl_inter != 0 && std::isfinite(header.scl_inter);
   if (header.scl_slope == 0 || (std::isnan(header.scl_slope) && std::isnan(header.scl_inter))) {
     header.scl_slope = 1;
     header.scl_inter = 0;
@@ -152,108 +145,127 @@ constexpr std::string_view magic1{"n+1\0", 4};
 constexpr std::string_view magic1_pair{"ni1\0", 4};
 constexpr std::string_view magic2{"n+2\0\r\n\032\n", 8};
 
-// What one pass over the voxels found.
-struct Conversion {
-  bool non_finite = false;
-  bool out_of_range = false;
-  bool rounded = false;
-};
-
-constexpr double int16_low = std::numeric_limits<std::int16_t>::min();
-constexpr double int16_high = std::numeric_limits<std::int16_t>::max();
-
-// Adding and subtracting 1.5 * 2^52 rounds half to even below 2^51 and leaves larger values out of
-// range; nearbyint is a function call per voxel on baseline x86-64.
-constexpr double rounder = 6755399441055744.0;
-
-// Stored values to int16: value * slope + inter in float64, rounded half to even.
-template <typename T, bool Swap>
-Conversion convert_scaled(std::span<const std::byte> stored, std::span<std::int16_t> out,
-                          double slope, double inter) {
-  Conversion found;
-  for (std::size_t i = 0; i < out.size(); ++i) {
-    T value;
-    std::memcpy(&value, stored.data() + i * sizeof(T), sizeof(T));
-    if constexpr (Swap) {
-      value = swap_bytes(value);
-    }
-    const double scaled = static_cast<double>(value) * slope + inter;
-    const double whole = scaled + rounder - rounder;
-    // Written so that NaN fails the first test; an out-of-range cast would be undefined.
-    if (whole >= int16_low && whole <= int16_high) {
-      found.rounded |= whole != scaled;
-      out[i] = static_cast<std::int16_t>(whole);
-    } else {
-      found.non_finite |= !std::isfinite(scaled);
-      found.out_of_range |= std::isfinite(scaled);
-      out[i] = 0;
-    }
-  }
-  return found;
-}
-
-template <typename T, bool Swap>
-Conversion convert(std::span<const std::byte> stored, std::span<std::int16_t> out, double slope,
-                   double inter) {
-  if constexpr (std::is_same_v<T, std::int16_t>) {
-    if (slope == 1 && inter == 0) {
-      // Whole, in range, finite: only the byte order may change. memmove: the spans may be one.
-      std::memmove(out.data(), stored.data(), stored.size());
-      if constexpr (Swap) {
-        std::transform(out.begin(), out.end(), out.begin(), swap_bytes<std::int16_t>);
-      }
-      return {};
-    }
-  }
-  return convert_scaled<T, Swap>(stored, out, slope, inter);
-}
-
-template <bool Swap>
-Conversion convert_any(const NiftiHeader& header, std::span<const std::byte> stored,
-                       std::span<std::int16_t> out) {
-  const double slope = header.scl_slope;
-  const double inter = header.scl_inter;
-  switch (header.datatype) {
-    case 2:
-      return convert<std::uint8_t, Swap>(stored, out, slope, inter);
-    case 4:
-      return convert<std::int16_t, Swap>(stored, out, slope, inter);
-    case 8:
-      return convert<std::int32_t, Swap>(stored, out, slope, inter);
-    case 16:
-      return convert<float, Swap>(stored, out, slope, inter);
-    case 64:
-      return convert<double, Swap>(stored, out, slope, inter);
-    case 256:
-      return convert<std::int8_t, Swap>(stored, out, slope, inter);
-    case 512:
-      return convert<std::uint16_t, Swap>(stored, out, slope, inter);
-    case 768:
-      return convert<std::uint32_t, Swap>(stored, out, slope, inter);
-    case 1024:
-      return convert<std::int64_t, Swap>(stored, out, slope, inter);
-    default:  // voxel_bytes() has refused every other code
-      return convert<std::uint64_t, Swap>(stored, out, slope, inter);
-  }
-}
-
-void check_sizes(const NiftiHeader& header, const File& file, bool gzip, std::uint64_t max_bytes) {
+void check_sizes(const NiftiHeader& header, std::uint64_t file_size, bool gzip,
+                 std::uint64_t max_bytes) {
   const std::uint64_t num_bytes = header.num_bytes();
   if (header.data_offset > max_bytes || num_bytes > max_bytes - header.data_offset ||
       header.num_voxels() > max_bytes / sizeof(std::int16_t)) {
-    throw FormatError("dim", "the header declares " + std::to_string(num_bytes) +
-                                 " bytes of voxels, more than the limit of " +
-                                 std::to_string(max_bytes));
+    throw FormatError("dim",
+                      "the header declares " + std::to_string(num_bytes) +
+                          " bytes of voxels, more than the limit of " + std::to_string(max_bytes),
+                      "limit");
   }
   const std::uint64_t total = header.data_offset + num_bytes;
-  if (gzip && total > max_inflated_size(file.size())) {
+  if (gzip && total > max_inflated_size(file_size)) {
     throw FormatError("dim", "the header declares more voxels than the compressed file can hold");
   }
-  if (!gzip && total != file.size()) {
-    throw FormatError(total > file.size() ? "dim" : "vox_offset",
+  if (!gzip && total != file_size) {
+    throw FormatError(total > file_size ? "dim" : "vox_offset",
                       "the header declares " + std::to_string(total) + " bytes, the file has " +
-                          std::to_string(file.size()));
+                          std::to_string(file_size));
   }
+}
+
+void check_file_size(std::uint64_t size, std::uint64_t max_bytes) {
+  if (size > max_bytes) {
+    throw FormatError("file",
+                      "the file has " + std::to_string(size) + " bytes, more than the limit of " +
+                          std::to_string(max_bytes),
+                      "limit");
+  }
+}
+
+// Where the stored bytes and the int16 voxels lie in one block, for convert_voxels to work in it:
+// voxels of one byte end where the int16 voxels end, all others are at or behind their int16.
+struct Places {
+  std::size_t stored_at;  // first stored byte: of the header for gzip, else of the voxels
+  std::size_t voxels_at;
+  std::size_t size;
+};
+
+Places places_of(const NiftiHeader& header, bool gzip, std::size_t base_address) {
+  const auto lead = gzip ? static_cast<std::size_t>(header.data_offset) : std::size_t{0};
+  const auto num_stored = static_cast<std::size_t>(header.num_bytes());
+  const std::size_t num_int16 =
+      static_cast<std::size_t>(header.num_voxels()) * sizeof(std::int16_t);
+  const std::size_t base = base_address % alignof(std::int16_t);
+  const std::size_t stored_at = base + (num_int16 > num_stored ? num_int16 - num_stored : 0);
+  // int16 stays where it is, unless that is an odd address.
+  const bool in_place = header.datatype == 4 && lead % alignof(std::int16_t) == 0;
+  return {stored_at, in_place ? stored_at + lead : base, stored_at + lead + num_stored};
+}
+
+// Gives `image` a block that holds the stored bytes first and the voxels in the end.
+std::span<std::byte> take_block(NiftiImage& image, Places& places, bool gzip,
+                                const NiftiOptions& options) {
+  if (!options.buffer) {
+    places = places_of(image.header, gzip, 0);
+    image.storage = Buffer(places.size);
+    return image.storage.span();
+  }
+  places = places_of(image.header, gzip, reinterpret_cast<std::uintptr_t>(options.buffer->data()));
+  if (options.buffer->size() < places.size) {
+    throw InputError("buffer holds " + std::to_string(options.buffer->size()) +
+                     " bytes, this scan needs " + std::to_string(places.size));
+  }
+  return *options.buffer;
+}
+
+void finish(NiftiImage& image, std::span<std::byte> block, const Places& places, std::size_t lead) {
+  const NiftiHeader& header = image.header;
+  image.voxels = {reinterpret_cast<std::int16_t*>(block.data() + places.voxels_at),
+                  static_cast<std::size_t>(header.num_voxels())};
+  const auto stored =
+      block.subspan(places.stored_at + lead, static_cast<std::size_t>(header.num_bytes()));
+  const Conversion found =
+      convert_voxels({header.datatype, header.big_endian, header.scl_slope, header.scl_inter},
+                     stored, image.voxels);
+  const std::string of_all = " of " + std::to_string(header.num_voxels());
+  if (found.num_non_finite != 0) {
+    throw FormatError("voxels",
+                      std::to_string(found.num_non_finite) + of_all +
+                          " are NaN or infinite; replace them (air is -1000 HU)",
+                      "non_finite");
+  }
+  if (found.num_outside != 0) {
+    throw FormatError("voxels",
+                      std::to_string(found.num_outside) + of_all +
+                          " lie outside int16 after slope and intercept: not HU",
+                      "hu");
+  }
+  image.rounded = found.rounded;
+  image.storage.shrink(places.voxels_at + image.voxels.size_bytes());
+}
+
+NiftiImage read_gzip(std::span<const std::byte> compressed, const NiftiOptions& options) {
+  std::array<std::byte, nifti_header_bytes> head{};
+  const std::size_t head_size = inflate_prefix(compressed, head);
+  NiftiImage image;
+  image.header = parse_nifti_header(std::span(head).first(head_size));
+  check_sizes(image.header, compressed.size(), true, options.max_bytes);
+  Places places{};
+  const std::span<std::byte> block = take_block(image, places, true, options);
+  image.num_members = inflate_exactly(
+      compressed, block.subspan(places.stored_at, places.size - places.stored_at), options.threads);
+  finish(image, block, places, static_cast<std::size_t>(image.header.data_offset));
+  return image;
+}
+
+// `read_at(offset, out)` says how many bytes there were.
+template <typename ReadAt>
+NiftiImage read_plain(std::span<const std::byte> head, std::uint64_t size, const ReadAt& read_at,
+                      const NiftiOptions& options) {
+  NiftiImage image;
+  image.header = parse_nifti_header(head.first(std::min(head.size(), nifti_header_bytes)));
+  check_sizes(image.header, size, false, options.max_bytes);
+  Places places{};
+  const std::span<std::byte> block = take_block(image, places, false, options);
+  const auto stored = block.subspan(places.stored_at, places.size - places.stored_at);
+  if (read_at(image.header.data_offset, stored) != stored.size()) {
+    throw FormatError("file", "the file became shorter while it was read");
+  }
+  finish(image, block, places, 0);
+  return image;
 }
 
 }  // namespace
@@ -264,11 +276,6 @@ std::uint64_t NiftiHeader::num_voxels() const noexcept {
     product *= static_cast<std::uint64_t>(size);
   }
   return product;
-}
-
-std::span<const std::int16_t> NiftiImage::voxels() const noexcept {
-  return {reinterpret_cast<const std::int16_t*>(storage.span().data() + voxels_at),
-          static_cast<std::size_t>(header.num_voxels())};
 }
 
 NiftiHeader parse_nifti_header(std::span<const std::byte> head) {
@@ -301,7 +308,7 @@ NiftiHeader parse_nifti_header(std::span<const std::byte> head) {
 
   const Fields fields(head, swap);
   header.datatype = fields.at<std::int16_t>(layout.datatype);
-  header.bytes_per_voxel = voxel_bytes(header.datatype);
+  header.bytes_per_voxel = checked_voxel_bytes(header.datatype);
   const auto bitpix = fields.at<std::int16_t>(layout.bitpix);
   if (bitpix != static_cast<std::int16_t>(8 * header.bytes_per_voxel)) {
     throw FormatError("bitpix", std::to_string(bitpix) + " bits contradict datatype " +
@@ -335,73 +342,36 @@ NiftiHeader parse_nifti_header(std::span<const std::byte> head) {
   return header;
 }
 
-NiftiImage read_nifti(const std::string& path, std::uint64_t max_bytes) {
+NiftiImage read_nifti(const std::string& path, const NiftiOptions& options) {
   const File file(path);
-  if (file.size() > max_bytes) {
-    throw FormatError("file", "the file has " + std::to_string(file.size()) +
-                                  " bytes, more than the limit of " + std::to_string(max_bytes));
+  check_file_size(file.size(), options.max_bytes);
+  std::array<std::byte, nifti_header_bytes> start{};
+  const std::size_t start_size = file.read_at(0, start);
+  const auto head = std::span<const std::byte>(start).first(start_size);
+  if (!is_gzip(head)) {
+    return read_plain(
+        head, file.size(),
+        [&](std::uint64_t offset, std::span<std::byte> out) { return file.read_at(offset, out); },
+        options);
   }
-  // Room for a gzip header with a long name besides the NIfTI header itself.
-  Buffer start(static_cast<std::size_t>(std::min<std::uint64_t>(file.size(), 65536)));
-  if (file.read_at(0, start.span()) != start.size()) {
+  Buffer compressed(static_cast<std::size_t>(file.size()));
+  if (file.read_at(0, compressed.span()) != compressed.size()) {
     throw FormatError("file", "the file became shorter while it was read");
   }
-  const bool gzip = is_gzip(start.span());
-  Buffer compressed;
-  std::array<std::byte, nifti_header_bytes> head{};
-  std::size_t head_size = std::min(start.size(), head.size());
-  if (gzip) {
-    compressed = Buffer(static_cast<std::size_t>(file.size()));
-    if (file.read_at(0, compressed.span()) != compressed.size()) {
-      throw FormatError("file", "the file became shorter while it was read");
-    }
-    head_size = inflate_prefix(compressed.span(), head);
-  } else {
-    std::copy_n(start.span().begin(), head_size, head.begin());
-  }
+  return read_gzip(compressed.span(), options);
+}
 
-  NiftiImage image;
-  image.header = parse_nifti_header(std::span(head).first(head_size));
-  const NiftiHeader& header = image.header;
-  check_sizes(header, file, gzip, max_bytes);
-
-  const auto num_bytes = static_cast<std::size_t>(header.num_bytes());
-  const auto data_offset = static_cast<std::size_t>(header.data_offset);
-  Buffer decoded;
-  std::span<std::byte> stored;
-  if (gzip) {
-    decoded = Buffer(data_offset + num_bytes);
-    inflate_exactly(compressed.span(), decoded.span());
-    compressed = Buffer();
-    stored = decoded.span().subspan(data_offset);
-  } else {
-    decoded = Buffer(num_bytes);
-    stored = decoded.span();
-    if (file.read_at(header.data_offset, stored) != stored.size()) {
-      throw FormatError("file", "the file became shorter while it was read");
-    }
+NiftiImage parse_nifti(std::span<const std::byte> content, const NiftiOptions& options) {
+  check_file_size(content.size(), options.max_bytes);
+  if (is_gzip(content)) {
+    return read_gzip(content, options);
   }
-  const auto num_voxels = static_cast<std::size_t>(header.num_voxels());
-  // int16 in place: the decoded buffer becomes the result unless its voxels lie at an odd address.
-  const bool in_place = header.datatype == 4 && (!gzip || data_offset % alignof(std::int16_t) == 0);
-  if (in_place) {
-    image.voxels_at = decoded.size() - num_bytes;
-    image.storage = std::move(decoded);
-  } else {
-    image.storage = Buffer(num_voxels * sizeof(std::int16_t));
-  }
-  const std::span<std::int16_t> out{
-      reinterpret_cast<std::int16_t*>(image.storage.span().data() + image.voxels_at), num_voxels};
-  const Conversion found = header.big_endian ? convert_any<true>(header, stored, out)
-                                             : convert_any<false>(header, stored, out);
-  if (found.non_finite) {
-    throw FormatError("voxels", "some are NaN or infinite; replace them (air is -1000 HU)");
-  }
-  if (found.out_of_range) {
-    throw FormatError("voxels", "some lie outside int16 after slope and intercept: not HU");
-  }
-  image.rounded = found.rounded;
-  return image;
+  const auto read_at = [&](std::uint64_t offset, std::span<std::byte> out) {
+    // read_plain has checked that the voxels end with the content.
+    std::memcpy(out.data(), content.data() + offset, out.size());
+    return out.size();
+  };
+  return read_plain(content, content.size(), read_at, options);
 }
 
 }  // namespace tapct

@@ -10,6 +10,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from tapct_fast import _native
 from tapct_fast.errors import FormatError
 
 Scalar = TypeVar("Scalar", bound=np.generic)
@@ -48,33 +49,77 @@ def check_affine(affine: Affine, *, field: str = "affine") -> None:
             outside 0.01..100 mm.
     """
     if affine.shape != (4, 4):
-        raise FormatError(field, f"shape {affine.shape} is not (4, 4)")
+        raise FormatError(field, f"shape {affine.shape} is not (4, 4)", "orientation")
     if not np.isfinite(affine).all():
-        raise FormatError(field, "holds NaN or infinite values")
+        raise FormatError(field, "holds NaN or infinite values", "orientation")
     if not np.array_equal(affine[3], (0.0, 0.0, 0.0, 1.0)):
-        raise FormatError(field, "the last row is not (0, 0, 0, 1)")
+        raise FormatError(field, "the last row is not (0, 0, 0, 1)", "orientation")
     spacing_mm = spacing_of(affine)
     low, high = SPACING_RANGE_MM
     if min(spacing_mm) == 0.0:
-        raise FormatError(field, "singular: a voxel axis has no length")
+        raise FormatError(field, "singular: a voxel axis has no length", "orientation")
     if not (low <= min(spacing_mm) and max(spacing_mm) <= high):
         text = " x ".join(f"{value:g}" for value in spacing_mm)
         raise FormatError(
-            field, f"a z, y, x spacing of {text} mm is not that of a CT ({low:g}..{high:g} mm)"
+            field,
+            f"a z, y, x spacing of {text} mm is not that of a CT ({low:g}..{high:g} mm)",
+            "spacing",
         )
     shear = shear_deg(affine)
     if shear > MAX_SHEAR_DEG:
         determinant = np.linalg.det(affine[:3, :3]) / np.prod(spacing_mm)
         if abs(determinant) < 1e-6:
-            raise FormatError(field, "singular: the voxel axes lie in one plane")
+            raise FormatError(field, "singular: the voxel axes lie in one plane", "orientation")
         raise FormatError(
             field,
             f"sheared by {shear:.2f} degrees (gantry tilt or a registration); "
             "resample the scan to a rectangular grid first",
+            "shear",
         )
 
 
-def to_lps(array_zyx: NDArray[Scalar], affine: Affine) -> tuple[NDArray[Scalar], Affine]:
+def nearest_orthogonal(affine: Affine, shape_zyx: tuple[int, ...]) -> tuple[Affine, float]:
+    """Turn sheared axes to the nearest orthogonal ones; spacings and the volume's centre stay.
+
+    Source: the orthogonal factor of the polar decomposition is the nearest orthogonal matrix
+    (Higham 1986, Computing the polar decomposition).
+
+    Returns:
+        The affine, and how far it moves the voxel that it moves most, in millimetres.
+    """
+    norms = np.linalg.norm(affine[:3, :3], axis=0)
+    left, _, right = np.linalg.svd(affine[:3, :3] / norms)
+    turned = affine.copy()
+    turned[:3, :3] = left @ right * norms
+    last_xyz = np.array(shape_zyx[::-1]) - 1
+    change = affine[:3, :3] - turned[:3, :3]
+    turned[:3, 3] += change @ (last_xyz / 2)
+    corners = np.array(list(itertools.product((-0.5, 0.5), repeat=3))) * last_xyz
+    return turned, float(np.linalg.norm(corners @ change.T, axis=1).max())
+
+
+def _order_of(affine: Affine) -> tuple[tuple[int, ...], NDArray[np.float64]]:
+    """Return the voxel axis nearest to each world axis, and the cosines [world, voxel]."""
+    cosines = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
+    order = max(
+        itertools.permutations(range(3)),
+        key=lambda axes: sum(abs(cosines[world, axes[world]]) for world in range(3)),
+    )
+    return order, cosines
+
+
+def axes_of(affine: Affine) -> str:
+    """Name where x, y, z indices grow to by the nearest directions of the patient, e.g. ``RAS``."""
+    order, cosines = _order_of(affine)
+    names = [""] * 3
+    for world, old in enumerate(order):
+        names[old] = ("LR", "PA", "IS")[world][int(cosines[world, old] > 0)]
+    return "".join(names)
+
+
+def to_lps(
+    array_zyx: NDArray[Scalar], affine: Affine, *, in_place: bool = False
+) -> tuple[NDArray[Scalar], Affine]:
     """Turn a volume into canonical LPS by permuting and flipping axes; no voxel is resampled.
 
     Each voxel axis goes to the world axis nearest to it, so that for an oblique scan the directions
@@ -83,17 +128,15 @@ def to_lps(array_zyx: NDArray[Scalar], affine: Affine) -> tuple[NDArray[Scalar],
     Args:
         array_zyx: Voxels of three axes, [z, y, x] in file order.
         affine: Maps the file's (x, y, z, 1) index to RAS+ millimetres; must pass ``check_affine``.
+        in_place: The array may be overwritten: an int16 volume whose axes only run the other way,
+            as most public CT (RAS), is turned without a second one.
 
     Returns:
         The C-contiguous array whose x, y, z indices grow to Left, Posterior, Superior, and the
         affine of its indices.
     """
     check_affine(affine)
-    cosines = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)  # rows world, columns voxel
-    order = max(
-        itertools.permutations(range(3)),
-        key=lambda axes: sum(abs(cosines[world, axes[world]]) for world in range(3)),
-    )
+    order, cosines = _order_of(affine)
     size_xyz = array_zyx.shape[::-1]
     turn = np.zeros((4, 4))  # new index -> old index
     turn[3, 3] = 1.0
@@ -103,6 +146,11 @@ def to_lps(array_zyx: NDArray[Scalar], affine: Affine) -> tuple[NDArray[Scalar],
         else:
             turn[old, world] = -1.0
             turn[old, 3] = size_xyz[old] - 1
+
+    if in_place and order == (0, 1, 2) and array_zyx.dtype == np.int16:
+        array_zyx = np.ascontiguousarray(array_zyx)
+        _native.flip(array_zyx.view(np.int16), [turn[axis, axis] < 0 for axis in (2, 1, 0)])
+        return array_zyx, affine @ turn
 
     array_xyz = array_zyx.transpose(2, 1, 0).transpose(order)
     flips = tuple(slice(None, None, int(turn[old, world])) for world, old in enumerate(order))

@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from tapct_fast import _native
 from tapct_fast.errors import FormatError, InputError, Policy
 from tapct_fast.io.archive import is_zip
 from tapct_fast.io.dicom import read_series
@@ -130,7 +131,7 @@ def check_is_hu(hu: NDArray[np.int16], inspection: Inspection) -> None:
             policy refuses doubts.
     """
     way_out = "if these are HU all the same, pass check_hu=False (--no-check-hu)"
-    low, high = int(hu.min()), int(hu.max())
+    low, high, num_inside = _native.hu_stats(np.ascontiguousarray(hu), *_CT_RANGE)
     reason = None
     if low == high:
         reason = f"every voxel is {low}"
@@ -140,10 +141,8 @@ def check_is_hu(hu: NDArray[np.int16], inspection: Inspection) -> None:
         reason = "neither air nor fat: not CT, or the rescale intercept was never applied"
     elif high <= _LOWEST_MAXIMUM:
         reason = "no tissue: not CT, or an intercept applied twice"
-    else:
-        num_inside = np.count_nonzero((hu >= _CT_RANGE[0]) & (hu <= _CT_RANGE[1]))
-        if num_inside < 0.5 * hu.size:
-            reason = f"most voxels lie outside {_CT_RANGE[0]}..{_CT_RANGE[1]}: scrambled bytes?"
+    elif num_inside < 0.5 * hu.size:
+        reason = f"most voxels lie outside {_CT_RANGE[0]}..{_CT_RANGE[1]}: scrambled bytes?"
     inspection.facts["hu_range"] = [low, high]
     if reason:
         inspection.doubt("hu", "HU", f"values {low}..{high} cannot be a CT ({reason}); {way_out}")

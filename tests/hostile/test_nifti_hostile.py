@@ -131,7 +131,7 @@ HEADERS: list[tuple[str, str, Callable[[bytes], bytes]]] = [
     ("not NIfTI", "sizeof_hdr", lambda d: b"PK\3\4" + d[4:]),
     ("no orientation", "sform_code, qform_code", lambda d: patched(d, 252, "2h", 0, 0)),
     ("sform code", "sform_code", lambda d: patched(d, 254, "h", 9)),
-    ("sform zero", "pixdim, sform", lambda d: patched(d, SROW, "12f", *[0.0] * 12)),
+    ("sform zero", "sform", lambda d: patched(d, SROW, "12f", *[0.0] * 12)),
     ("sform NaN", "sform", lambda d: patched(d, SROW, "f", np.nan)),
     ("sform of other spacing", "pixdim, sform", lambda d: patched(d, SROW, "f", -0.9)),
     ("sform mirrored", "sform, qform", lambda d: patched(d, SROW, "f", 0.8)),
@@ -141,7 +141,7 @@ HEADERS: list[tuple[str, str, Callable[[bytes], bytes]]] = [
     ("quaternion NaN", "qform", lambda d: patched(d, QUATERN, "f", np.nan)),
     ("qfac", "pixdim[0]", lambda d: patched(d, PIXDIM, "f", 0.5)),
     ("unit unknown", "xyzt_units", lambda d: patched(d, 123, "B", 7)),
-    ("millimetres called metres", "sform, xyzt_units", lambda d: patched(d, 123, "B", 1)),
+    ("millimetres called metres", "xyzt_units", lambda d: patched(d, 123, "B", 1)),
 ]
 
 

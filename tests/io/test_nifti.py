@@ -14,6 +14,7 @@ import numpy.typing as npt
 import pytest
 
 from tapct_fast.errors import FormatError, InputError
+from tapct_fast.io.findings import Inspection
 from tapct_fast.io.nifti import read_nifti, read_nifti_labels, write_nifti
 
 Array = npt.NDArray[np.generic]
@@ -127,7 +128,11 @@ def test_slope_zero_means_no_scaling(tmp_path: Path) -> None:
     data = bytearray(path.read_bytes())
     struct.pack_into("<2f", data, 112, 0.0, 5.0)  # ITK would add the 5
     path.write_bytes(data)
-    np.testing.assert_array_equal(read_nifti(path).hu_ZYX, hu_xyz().transpose(2, 1, 0))
+    volume = read_nifti(path, Inspection("warn"))
+    np.testing.assert_array_equal(volume.hu_ZYX, hu_xyz().transpose(2, 1, 0))
+    with pytest.raises(FormatError, match="slope is 0 beside an intercept") as caught:
+        read_nifti(path)
+    assert (caught.value.field, caught.value.code) == ("scl_slope, scl_inter", "rescale")
 
 
 @pytest.mark.parametrize(("units", "per_mm"), [("meter", 1e-3), ("mm", 1), ("micron", 1e3)])

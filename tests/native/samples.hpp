@@ -20,15 +20,6 @@
 
 #include "zlib_ng.hpp"
 
-extern "C" {
-std::int32_t zng_deflateInit2(zng_stream* stream, std::int32_t level, std::int32_t method,
-                              std::int32_t window_bits, std::int32_t mem_level,
-                              std::int32_t strategy);
-std::int32_t zng_deflate(zng_stream* stream, std::int32_t flush);
-std::int32_t zng_deflateEnd(zng_stream* stream);
-std::size_t zng_deflateBound(zng_stream* stream, std::size_t size);
-}
-
 namespace samples {
 
 using Bytes = std::vector<std::byte>;
@@ -53,9 +44,9 @@ inline Bytes bytes_of(const std::vector<std::int16_t>& values) {
 // One gzip member.
 inline Bytes gzip(const Bytes& data, std::int32_t level = 6) {
   zng_stream stream{};
-  constexpr std::int32_t deflated = 8;
-  constexpr std::int32_t finish = 4;
-  if (zng_deflateInit2(&stream, level, deflated, 15 + 16, 8, 0) != 0) {
+  using namespace tapct::zng;
+  if (zng_deflateInit2(&stream, level, deflated, gzip_window_bits, memory_level,
+                       default_strategy) != ok) {
     throw std::runtime_error("deflateInit2");
   }
   Bytes out(zng_deflateBound(&stream, data.size()) + 32);

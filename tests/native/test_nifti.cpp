@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <system_error>
@@ -84,11 +85,13 @@ Bytes file_of(Sample s, const std::vector<T>& values) {
 
 std::vector<std::int16_t> read(const Bytes& bytes, bool* rounded = nullptr) {
   static const samples::Folder folder;  // one for all: making a folder per file takes seconds
-  const auto image = tapct::read_nifti(folder.write("scan", bytes), limit);
+  const auto image = tapct::read_nifti(folder.write("scan", bytes), {limit});
+  const auto parsed = tapct::parse_nifti(bytes, {limit, 2});
+  CHECK(std::ranges::equal(parsed.voxels, image.voxels));
   if (rounded != nullptr) {
     *rounded = image.rounded;
   }
-  return {image.voxels().begin(), image.voxels().end()};
+  return {image.voxels.begin(), image.voxels.end()};
 }
 
 tapct::NiftiHeader parse(const Sample& s) {
@@ -307,9 +310,9 @@ TEST(files_that_are_not_nifti_are_errors) {
   CHECK_THROWS(FormatError, "sizeof_hdr",
                read(samples::gzip(samples::gzip(file_of(Sample{}, samples::voxels(20000))))));
   const samples::Folder folder;
-  CHECK_THROWS(std::system_error, "", tapct::read_nifti(folder.at("missing"), limit));
-  CHECK_THROWS(std::system_error, "", tapct::read_nifti(folder.at("."), limit));
-  CHECK_THROWS(FormatError, "limit", tapct::read_nifti(folder.write("large", Bytes(2000)), 1999));
+  CHECK_THROWS(std::system_error, "", tapct::read_nifti(folder.at("missing"), {limit}));
+  CHECK_THROWS(std::system_error, "", tapct::read_nifti(folder.at("."), {limit}));
+  CHECK_THROWS(FormatError, "limit", tapct::read_nifti(folder.write("large", Bytes(2000)), {1999}));
 }
 
 TEST(no_flipped_bit_of_a_compressed_scan_gives_other_voxels) {

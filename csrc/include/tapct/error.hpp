@@ -7,15 +7,24 @@
 
 namespace tapct {
 
-// A scan is damaged or contradicts itself; `field` names where. Never holds a path.
+// A scan is damaged or contradicts itself; `field` names where. Never holds a path. `code` is a
+// reason code of io/findings.py, empty where the field decides it.
 class FormatError : public std::runtime_error {
  public:
-  FormatError(std::string field, const std::string& reason)
-      : std::runtime_error(reason), field_(std::move(field)) {}
+  FormatError(std::string field, const std::string& reason, std::string code = "")
+      : std::runtime_error(reason), field_(std::move(field)), code_(std::move(code)) {}
   const std::string& field() const noexcept { return field_; }
+  const std::string& code() const noexcept { return code_; }
 
  private:
   std::string field_;
+  std::string code_;
+};
+
+// An argument of the caller does not do.
+class InputError : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
 };
 
 // A file of the training store is damaged or does not match its index.

@@ -22,9 +22,14 @@ std::uint64_t max_inflated_size(std::uint64_t compressed_size) noexcept;
 // Throws FormatError("gzip", ...) where the stream is damaged that early.
 std::size_t inflate_prefix(std::span<const std::byte> compressed, std::span<std::byte> out);
 
-// Decodes every member. Throws FormatError("gzip", ...) unless the stream is whole, fills `out`
-// exactly, and nothing follows its last member.
-void inflate_exactly(std::span<const std::byte> compressed, std::span<std::byte> out);
+// Decodes every member and returns how many there were. Throws FormatError("gzip", ...) unless the
+// stream is whole, fills `out` exactly, and nothing follows its last member.
+//
+// With more than one thread, members whose headers state their size (see gzip_index.hpp) are
+// decoded in parallel. What is accepted does not depend on the number of threads: where an index
+// does not hold in every particular, the stream is decoded again in order, and that decides.
+std::size_t inflate_exactly(std::span<const std::byte> compressed, std::span<std::byte> out,
+                            std::size_t threads = 1);
 
 // CRC-32 (IEEE 802.3), the checksum of gzip and of Python's zlib.crc32; `crc` continues an earlier
 // one.

@@ -5,6 +5,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <span>
 #include <string>
 
@@ -22,6 +23,7 @@ struct NiftiHeader {
   std::uint64_t data_offset = 0;  // bytes from the start of the decoded file
   double scl_slope = 0;
   double scl_inter = 0;
+  bool has_lone_inter = false;         // slope 0 beside an intercept, which was not applied
   std::array<double, 3> pixdim_xyz{};  // in xyzt_units
   double qfac = 0;                     // pixdim[0]
   std::int32_t xyzt_units = 0;
@@ -42,17 +44,28 @@ inline constexpr std::size_t nifti_header_bytes = 544;  // NIfTI-2 and its exten
 // Throws FormatError naming the header field that contradicts the format.
 NiftiHeader parse_nifti_header(std::span<const std::byte> head);
 
-struct NiftiImage {
-  NiftiHeader header;
-  Buffer storage;
-  std::size_t voxels_at = 0;  // byte offset of the int16 voxels in `storage`, x fastest
-  bool rounded = false;       // some stored value was not a whole number
-
-  std::span<const std::int16_t> voxels() const noexcept;
+struct NiftiOptions {
+  std::uint64_t max_bytes = 0;  // of the file, and of what it decodes to
+  std::size_t threads = 1;      // for gzip members that state their sizes
+  // Decode into these bytes instead of a block of our own. As many as the decoded file has suffice
+  // (for a plain file: as its voxels have), plus one for each voxel of one byte, plus one.
+  std::optional<std::span<std::byte>> buffer{};
 };
 
-// Reads a whole file: header first, sizes checked against `max_bytes` before anything is allocated,
-// slope and intercept applied, values rounded half to even. Throws FormatError, std::system_error.
-NiftiImage read_nifti(const std::string& path, std::uint64_t max_bytes);
+struct NiftiImage {
+  NiftiHeader header;
+  Buffer storage;                  // empty where the caller gave a buffer
+  std::span<std::int16_t> voxels;  // x fastest, in `storage` or the caller's buffer
+  bool rounded = false;            // some stored value was not a whole number
+  std::size_t num_members = 0;     // of a gzip file
+};
+
+// Reads a whole file: header first, sizes checked against the limit before anything is allocated,
+// slope and intercept applied, values rounded half to even, all within one block of memory.
+// Throws FormatError, InputError (the buffer is too small), std::system_error.
+NiftiImage read_nifti(const std::string& path, const NiftiOptions& options);
+
+// The same for a file's content.
+NiftiImage parse_nifti(std::span<const std::byte> content, const NiftiOptions& options);
 
 }  // namespace tapct
