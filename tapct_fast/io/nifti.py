@@ -20,7 +20,7 @@ from tapct_fast import _native
 from tapct_fast.errors import FormatError, InputError
 from tapct_fast.io.atomic import write_atomic
 from tapct_fast.io.findings import Inspection
-from tapct_fast.io.orient import check_affine, spacing_of, to_lps
+from tapct_fast.io.orient import StoredGrid, check_affine, spacing_of, to_lps
 from tapct_fast.io.volume import MAX_VOXELS, Volume
 
 Affine = npt.NDArray[np.float64]
@@ -72,9 +72,13 @@ def _decode(path: Path) -> _native.NiftiImage:
 
 
 def _volume(image: _native.NiftiImage, inspection: Inspection) -> Volume:
-    array_ZYX, affine = to_lps(image.data_ZYX, _affine_of(image, inspection))
+    stored = StoredGrid(image.data_ZYX.shape, _affine_of(image, inspection))
+    array_ZYX, affine = to_lps(image.data_ZYX, stored.affine)
     return Volume(
-        hu_ZYX=np.ascontiguousarray(array_ZYX), spacing_mm=spacing_of(affine), affine=affine
+        hu_ZYX=np.ascontiguousarray(array_ZYX),
+        spacing_mm=spacing_of(affine),
+        affine=affine,
+        stored=stored,
     )
 
 
