@@ -168,9 +168,9 @@ class _SharedImage:
     """What an array's ``base`` keeps: SimpleITK's own view dangles once the image is gone."""
 
     def __init__(self, sitk: Any, image: Any) -> None:
-        self._image = sitk.Image(image)  # shares the memory, copies on write
-        # Kept because the interface borrows its pointer.
-        self._view = sitk.GetArrayViewFromImage(self._image)
+        # First the view: asking for one gives an image that shares its memory a copy of its own.
+        self._view = sitk.GetArrayViewFromImage(image)
+        self._image = sitk.Image(image)  # shares the memory and keeps it, copies on write
 
     @property
     def __array_interface__(self) -> dict[str, Any]:

@@ -1,4 +1,5 @@
 #include <cmath>
+#include <initializer_list>
 #include <stdexcept>
 
 #include "check.hpp"
@@ -13,6 +14,8 @@ namespace {
 using tapct::hu_to_pixels;
 using tapct::PixelOptions;
 using tapct::Shape;
+
+std::vector<std::size_t> sizes(std::initializer_list<std::size_t> values) { return values; }
 
 // Values pass through: clip range of int16, mean 0, standard deviation 1.
 PixelOptions plain(std::size_t rows, std::size_t columns) {
@@ -45,8 +48,8 @@ TEST(pixel_weights_are_the_formula) {
 }
 
 TEST(pixel_weights_sum_to_one_inside_the_axis) {
-  for (const std::size_t size : {1, 2, 3, 7, 223, 224, 225, 512, 4097}) {
-    for (const std::size_t pixels : {1, 2, 8, 224, 513}) {
+  for (const std::size_t size : sizes({1, 2, 3, 7, 223, 224, 225, 512, 4097})) {
+    for (const std::size_t pixels : sizes({1, 2, 8, 224, 513})) {
       for (const bool antialias : {false, true}) {
         const auto axis = tapct::make_resize_axis(size, pixels, antialias);
         for (std::size_t i = 0; i < pixels; ++i) {
@@ -68,8 +71,8 @@ TEST(pixels_match_a_double_sum_over_the_weights) {
   const Shape shape{3, 37, 53};
   const auto hu = ramp(3 * 37 * 53);
   for (const bool antialias : {false, true}) {
-    for (const std::size_t rows : {1, 16, 37, 64}) {
-      for (const std::size_t columns : {1, 8, 53, 61}) {
+    for (const std::size_t rows : sizes({1, 16, 37, 64})) {
+      for (const std::size_t columns : sizes({1, 8, 53, 61})) {
         PixelOptions options = plain(rows, columns);
         options.antialias = antialias;
         const auto y_axis = tapct::make_resize_axis(37, rows, antialias);
@@ -111,7 +114,7 @@ TEST(what_lies_beyond_the_scan_is_air_in_every_thread_count) {
     CHECK(once[p] == tapct::to_bf16(tapct::zscore(value, options.zscore)));
     CHECK(inside || once[p] == air);
   }
-  for (const std::size_t threads : {0, 2, 3, 8, 100}) {
+  for (const std::size_t threads : sizes({0, 2, 3, 8, 100})) {
     options.num_threads = threads;
     std::vector<std::uint16_t> shared(once.size());
     hu_to_pixels<std::uint16_t>(hu, {5, 6, 7}, options, shared, {8, 8, 8});
