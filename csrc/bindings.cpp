@@ -3,6 +3,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <array>
 #include <cerrno>
 #include <cstring>
 #include <memory>
@@ -19,6 +21,7 @@
 #include "tapct/inflate.hpp"
 #include "tapct/nifti.hpp"
 #include "tapct/voxels.hpp"
+#include "tapct/pixels.hpp"
 
 namespace py = pybind11;
 
@@ -245,6 +248,41 @@ void read_slices(Volume& out_ZYX, const py::list& slices, std::size_t threads) {
   tapct::read_slices(stored, pixels, out, threads);
 }
 
+template <std::size_t N, typename T>
+std::array<std::size_t, N> shape_of(const py::array_t<T, py::array::c_style>& array,
+                                    const char* message) {
+  if (array.ndim() != static_cast<py::ssize_t>(N)) {
+    throw std::invalid_argument(message);
+  }
+  std::array<std::size_t, N> shape{};
+  std::transform(array.shape(), array.shape() + N, shape.begin(),
+                 [](py::ssize_t size) { return static_cast<std::size_t>(size); });
+  return shape;
+}
+
+template <typename Pixel>
+void hu_to_pixels(const Volume& hu_ZYX, py::array_t<Pixel, py::array::c_style>& out_ZYX,
+                  const std::array<std::size_t, 2>& resize_yx, bool antialias, float pad_hu,
+                  const std::array<float, 2>& clip, float mean, float std,
+                  std::size_t num_threads) {
+  const tapct::Shape hu_shape = shape_of<3>(hu_ZYX, "hu_to_pixels: hu_ZYX must have three axes");
+  const tapct::Shape out_shape = shape_of<3>(out_ZYX, "hu_to_pixels: out_ZYX must have three axes");
+  const std::span<const std::int16_t> hu(hu_ZYX.data(), static_cast<std::size_t>(hu_ZYX.size()));
+  const std::span<Pixel> out(out_ZYX.mutable_data(), static_cast<std::size_t>(out_ZYX.size()));
+  const tapct::PixelOptions options{
+      resize_yx, antialias, pad_hu, {clip[0], clip[1], mean, std}, num_threads};
+  const py::gil_scoped_release release;
+  tapct::hu_to_pixels(hu, hu_shape, options, out, out_shape);
+}
+
+template <typename Pixel>
+void define_hu_to_pixels(py::module_& m) {
+  m.def("hu_to_pixels", &hu_to_pixels<Pixel>, py::arg("hu_ZYX").noconvert(),
+        py::arg("out_ZYX").noconvert(), py::arg("resize_yx"), py::arg("antialias"),
+        py::arg("pad_hu"), py::arg("clip"), py::arg("mean"), py::arg("std"),
+        py::arg("num_threads"));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -319,6 +357,8 @@ PYBIND11_MODULE(_native, m) {
   m.def("scan_dicom", &scan_dicom, py::arg("sources"), py::arg("tags"), py::arg("threads"));
   m.def("read_slices", &read_slices, py::arg("out_ZYX").noconvert(), py::arg("slices"),
         py::arg("threads"));
+  define_hu_to_pixels<float>(m);
+  define_hu_to_pixels<std::uint16_t>(m);  // the bits of bfloat16
   m.def("inflate_backend", &tapct::inflate_backend);
   m.def("blosc2_version", &tapct::blosc2_version);
   m.def("cuda_devices", &tapct::cuda_devices, py::call_guard<py::gil_scoped_release>());

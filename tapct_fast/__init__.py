@@ -10,10 +10,21 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tapct_fast.backbone.export import export_backbone
     from tapct_fast.backbone.load import load_backbone
+    from tapct_fast.backbone.load_scans import LoadedScans, load_for_tapct
     from tapct_fast.config import Config
     from tapct_fast.downstream.embed import embed_scans, embed_volume
     from tapct_fast.downstream.probe import knn, linear_segmentation
     from tapct_fast.errors import TapctError
+    from tapct_fast.io.convert import (
+        from_monai,
+        from_nibabel,
+        from_numpy,
+        from_simpleitk,
+        save_nifti,
+        to_monai,
+        to_nibabel,
+        to_simpleitk,
+    )
     from tapct_fast.io.read import read_labels, read_volume
     from tapct_fast.io.store import Store, pack
     from tapct_fast.io.volume import Volume
@@ -22,34 +33,54 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Config": "config",
+    "LoadedScans": "backbone.load_scans",
     "Store": "io.store",
     "TapctError": "errors",
     "Volume": "io.volume",
     "embed_scans": "downstream.embed",
     "embed_volume": "downstream.embed",
     "export_backbone": "backbone.export",
+    "from_monai": "io.convert",
+    "from_nibabel": "io.convert",
+    "from_numpy": "io.convert",
+    "from_simpleitk": "io.convert",
     "knn": "downstream.probe",
     "linear_segmentation": "downstream.probe",
     "load_backbone": "backbone.load",
+    "load_for_tapct": "backbone.load_scans",
     "pack": "io.store",
     "read_labels": "io.read",
     "read_volume": "io.read",
+    "save_nifti": "io.convert",
+    "to_monai": "io.convert",
+    "to_nibabel": "io.convert",
+    "to_simpleitk": "io.convert",
 }
 
 __all__ = [
     "Config",
+    "LoadedScans",
     "Store",
     "TapctError",
     "Volume",
     "embed_scans",
     "embed_volume",
     "export_backbone",
+    "from_monai",
+    "from_nibabel",
+    "from_numpy",
+    "from_simpleitk",
     "knn",
     "linear_segmentation",
     "load_backbone",
+    "load_for_tapct",
     "pack",
     "read_labels",
     "read_volume",
+    "save_nifti",
+    "to_monai",
+    "to_nibabel",
+    "to_simpleitk",
 ]
 
 

@@ -104,6 +104,17 @@ def write_b2nd(
 def read_box(
     path: str | bytes, crc32s: Sequence[int], lo_zyx: Sequence[int], shape_zyx: Sequence[int]
 ) -> npt.NDArray[np.int16]: ...
+def hu_to_pixels(
+    hu_ZYX: npt.NDArray[np.int16],
+    out_ZYX: npt.NDArray[np.float32] | npt.NDArray[np.uint16],
+    resize_yx: Sequence[int],
+    antialias: bool,
+    pad_hu: float,
+    clip: Sequence[float],
+    mean: float,
+    std: float,
+    num_threads: int,
+) -> None: ...
 def inflate_backend() -> str: ...
 def blosc2_version() -> str: ...
 def cuda_devices() -> list[str]: ...

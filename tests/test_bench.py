@@ -13,6 +13,7 @@ SOURCES = {path.stem: path.read_text() for path in (REPOSITORY / "bench").glob("
 BENCHES = sorted(name for name, text in SOURCES.items() if "\ndef main(" in text)
 NEEDS_CT = {name for name in BENCHES if "from bench.chest import" in SOURCES[name]}
 RIVALS = {
+    "load_for_tapct": ("nibabel", "SimpleITK"),
     "read_box": ("nibabel", "SimpleITK", "blosc2"),
     "read_nifti": ("nibabel", "SimpleITK"),
     "verify": ("isal",),

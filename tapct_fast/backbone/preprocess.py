@@ -68,6 +68,15 @@ class Preprocess:
         """Return the size after resizing, before padding."""
         return (shape_zyx[0], *(self.resize_yx or shape_zyx[1:]))
 
+    def padded_zyx(self, pixels_zyx: Zyx) -> Zyx:
+        """Return the size after padding of what has this size after resizing."""
+        z, y, x = (size + -size % m for size, m in zip(pixels_zyx, self._multiples, strict=True))
+        return z, y, x
+
+    @property
+    def _multiples(self) -> Zyx:
+        return self.depth_multiple, self.plane_multiple, self.plane_multiple
+
     def pixel_affine(self, shape_zyx: Zyx) -> NDArray[np.float64]:
         """Return the (4, 4) map from pixel index (x, y, z, 1) to voxel index of a scan.
 
@@ -105,8 +114,7 @@ class Preprocess:
                 slices_NYX, size=self.resize_yx, mode="bilinear", antialias=self.antialias
             )[:, 0]
             pixels_BCZYX = slices_NYX.reshape(*hu.shape[:3], *self.resize_yx)
-        multiples = (self.depth_multiple, self.plane_multiple, self.plane_multiple)
-        pixels_BCZYX = pad_end(pixels_BCZYX, multiples, self.pad_hu)
+        pixels_BCZYX = pad_end(pixels_BCZYX, self._multiples, self.pad_hu)
         return pixels_BCZYX.clamp(*self.hu.clip).sub(self.hu.mean).div(self.hu.std)
 
 

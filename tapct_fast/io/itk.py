@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tapct_fast.errors import FormatError, InputError
-from tapct_fast.io.orient import Affine, check_affine, spacing_of, to_lps
+from tapct_fast.io.orient import Affine, StoredGrid, check_affine, spacing_of, to_lps
 from tapct_fast.io.volume import MAX_VOXELS, Volume, to_int16
 
 _MAX_HEADER_BYTES = 2**20
@@ -98,8 +98,9 @@ def read_itk_labels(path: Path) -> Volume:
 
 
 def _volume(array_ZYX: NDArray[np.generic], affine: Affine) -> Volume:
+    stored = StoredGrid(array_ZYX.shape, affine)
     hu_ZYX, affine = to_lps(to_int16(array_ZYX, "voxels"), affine)
-    return Volume(hu_ZYX=hu_ZYX, spacing_mm=spacing_of(affine), affine=affine)
+    return Volume(hu_ZYX=hu_ZYX, spacing_mm=spacing_of(affine), affine=affine, stored=stored)
 
 
 def _decode(path: Path) -> tuple[NDArray[np.generic], Affine]:

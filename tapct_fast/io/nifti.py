@@ -10,6 +10,7 @@ Source: nifti1.h of the NIfTI Data Format Working Group, for quaternions ``nifti
 
 import os
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from tapct_fast.io.findings import Inspection
 from tapct_fast.io.orient import (
     MAX_SHEAR_DEG,
     SPACING_RANGE_MM,
+    StoredGrid,
     axes_of,
     check_affine,
     nearest_orthogonal,
@@ -90,7 +92,7 @@ def read_nifti(
         inspection.note("dtype", "voxels", "values that were not whole were rounded to whole HU")
     if buffer is None or np.may_share_memory(volume.hu_ZYX, buffer):
         return volume
-    return Volume(_copied_into(buffer, volume.hu_ZYX), volume.spacing_mm, volume.affine)
+    return replace(volume, hu_ZYX=_copied_into(buffer, volume.hu_ZYX))
 
 
 def read_nifti_labels(path: Path) -> Volume:
@@ -155,10 +157,13 @@ def _volume(image: _native.NiftiImage, inspection: Inspection) -> Volume:
     if shear_deg(affine) > MAX_SHEAR_DEG:
         hu_ZYX, affine = _without_shear(hu_ZYX, affine, field, inspection)
     check_affine(affine, field=field if image.xyzt_units & 7 in (0, 2) else f"{field}, xyzt_units")
+    # A resampled scan lies on a grid of its own, which overlays no file.
+    is_resampled = not np.may_share_memory(hu_ZYX, image.data_ZYX)
+    stored = None if is_resampled else StoredGrid(hu_ZYX.shape, affine)
     hu_ZYX, affine = to_lps(hu_ZYX, affine, in_place=True)
     spacing_mm = spacing_of(affine)
     inspection.facts |= {"shape_zyx": list(hu_ZYX.shape), "spacing_mm": list(spacing_mm)}
-    return Volume(hu_ZYX=hu_ZYX, spacing_mm=spacing_mm, affine=affine)
+    return Volume(hu_ZYX=hu_ZYX, spacing_mm=spacing_mm, affine=affine, stored=stored)
 
 
 def _without_shear(

@@ -5,7 +5,7 @@ Shape suffixes: Z Y X voxels.
 """
 
 import itertools
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,19 @@ Affine = NDArray[np.float64]
 MAX_SHEAR_DEG = 0.1  # 0.5 mm over 30 cm; rounding of direction cosines to 4 digits stays below
 # Outside this range a unit is wrong (metres, micrometres) or a header is damaged.
 SPACING_RANGE_MM = (0.01, 100.0)
+
+
+class StoredGrid(NamedTuple):
+    """The voxel grid of a file before its axes were turned: what overlays the file has this one.
+
+    Attributes:
+        shape_zyx: Voxels along the file's own axes, slowest first.
+        affine: (4, 4); maps the file's voxel index (x, y, z, 1) to RAS+ millimetres.
+    """
+
+    shape_zyx: tuple[int, ...]
+    affine: Affine
+
 
 # RAS direction of growing index after the turn: x to Left, y to Posterior, z to Superior.
 _LPS_SIGNS_XYZ = (-1.0, -1.0, 1.0)
@@ -155,3 +168,55 @@ def to_lps(
     array_xyz = array_zyx.transpose(2, 1, 0).transpose(order)
     flips = tuple(slice(None, None, int(turn[old, world])) for world, old in enumerate(order))
     return np.ascontiguousarray(array_xyz[flips].transpose(2, 1, 0)), affine @ turn
+
+
+def lps_affine(stored: StoredGrid) -> Affine:
+    """Return the affine that ``to_lps`` gives an array of this grid."""
+    turn = _lps_turn(stored.affine)
+    back = np.eye(4)
+    back[:3, :3] = turn
+    back[:3, 3] = np.where(turn.sum(axis=1) < 0, np.array(stored.shape_zyx[::-1]) - 1.0, 0.0)
+    return stored.affine @ back
+
+
+def from_lps(
+    array_ZYX: NDArray[Scalar], affine: Affine, stored_affine: Affine
+) -> tuple[NDArray[Scalar], Affine]:
+    """Turn an array in canonical LPS into the axes of a file; the inverse of ``to_lps``.
+
+    Args:
+        array_ZYX: Voxels on any grid along the axes of the turned file; more axes may come first.
+        affine: Of ``array_ZYX``.
+        stored_affine: Of the file: only the directions of its axes count.
+
+    Returns:
+        A view whose last three axes are the file's z, y, x, and the affine of its indices.
+    """
+    turn = _lps_turn(stored_affine)
+    turned = np.moveaxis(array_ZYX, (-1, -2, -3), (0, 1, 2))  # x, y, z first
+    size_xyz = turned.shape[:3]
+    order = np.abs(turn).argmax(axis=1)  # of each stored axis, the LPS axis
+    signs = turn.sum(axis=1)
+    flips = tuple(slice(None, None, -1 if sign < 0 else None) for sign in signs)
+    turned = turned.transpose(*order, *range(3, turned.ndim))[flips]
+    back = np.eye(4)
+    back[:3, :3] = turn.T  # stored index -> LPS index
+    for axis, sign in zip(order, signs, strict=True):
+        if sign < 0:
+            back[axis, 3] = size_xyz[axis] - 1.0
+    return np.moveaxis(turned, (0, 1, 2), (-1, -2, -3)), affine @ back
+
+
+def _lps_turn(stored_affine: Affine) -> NDArray[np.float64]:
+    """Return the (3, 3) signed permutation from steps along LPS axes to steps along stored ones."""
+    # Asked of to_lps itself, so that both agree where an oblique axis lies between two others.
+    _, turned = to_lps(np.zeros((1, 1, 1), np.int8), stored_affine)
+    turn: NDArray[np.float64] = np.rint(np.linalg.solve(stored_affine[:3, :3], turned[:3, :3]))
+    return turn
+
+
+def apart_mm(one: Affine, other: Affine, shape_zyx: tuple[int, ...]) -> float:
+    """Return the largest distance between the places two affines give to one voxel of a grid."""
+    corners = np.array(np.meshgrid(*[(0, n - 1) for n in shape_zyx[::-1]])).reshape(3, -1)
+    corners = np.vstack([corners, np.ones(corners.shape[1])])
+    return float(np.linalg.norm(((one - other) @ corners)[:3], axis=0).max())

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from tapct_fast.errors import FormatError, InputError
 from tapct_fast.io.findings import Report
+from tapct_fast.io.orient import StoredGrid, apart_mm, lps_affine
 
 # Checked before memory is allocated: 1024 x 1024 x 2048, far beyond a whole-body scan at 0.5 mm.
 MAX_VOXELS = 2**31
@@ -30,6 +31,9 @@ class Volume:
             world millimetres (the NIfTI convention). A plain axial scan has
             ``diag(-sx, -sy, +sz)``.
         report: What the reader found; None for a volume that was not read from a scan.
+        stored: The voxel grid of the file before its axes were turned to LPS, in which
+            ``save_nifti`` writes what overlays the file; None where there is no other grid than
+            this volume's own.
 
     Raises:
         InputError: The parts do not have these types and shapes.
@@ -39,6 +43,7 @@ class Volume:
     spacing_mm: tuple[float, float, float]
     affine: NDArray[np.float64]
     report: Report | None = None
+    stored: StoredGrid | None = None
 
     def __post_init__(self) -> None:
         if self.hu_ZYX.ndim != 3 or self.hu_ZYX.dtype != np.int16:
@@ -53,6 +58,14 @@ class Volume:
         if len(self.spacing_mm) != 3 or not all(0 < mm < np.inf for mm in self.spacing_mm):
             raise InputError(
                 f"Volume.spacing_mm is {self.spacing_mm}; give three positive z, y, x millimetres"
+            )
+        if self.stored is not None and not (
+            sorted(self.stored.shape_zyx) == sorted(self.hu_ZYX.shape)
+            and apart_mm(lps_affine(self.stored), self.affine, self.hu_ZYX.shape) < 1e-3
+        ):
+            raise InputError(
+                "Volume.stored is not the volume's own grid with its axes turned; "
+                "give stored=None for voxels that were resampled or cropped"
             )
 
 
