@@ -14,7 +14,11 @@ BENCHES = sorted(
     for path in (REPOSITORY / "bench").glob("*.py")
     if path.stem not in ("__init__", "harness")
 )
-RIVALS = {"read_nifti": ("nibabel", "SimpleITK"), "read_box": ("nibabel", "SimpleITK", "blosc2")}
+RIVALS = {
+    "read_nifti": ("nibabel", "SimpleITK"),
+    "read_dicom": ("pydicom", "SimpleITK", "dcm2niix", "nibabel"),
+    "read_box": ("nibabel", "SimpleITK", "blosc2"),
+}
 FIELDS = {
     *("subject", "case", "times_ms", "percentiles", "tiny", "bytes", "sources", "load_1min"),
     *("command", "device", "python", "torch", "triton", "numpy", "commit"),
