@@ -15,6 +15,7 @@ NEEDS_CT = {name for name in BENCHES if "from bench.chest import" in SOURCES[nam
 RIVALS = {
     "load_for_tapct": ("nibabel", "SimpleITK"),
     "read_box": ("nibabel", "SimpleITK", "blosc2"),
+    "read_dicom": ("pydicom", "SimpleITK", "dcm2niix", "nibabel"),
     "read_nifti": ("nibabel", "SimpleITK"),
     "verify": ("isal",),
 }

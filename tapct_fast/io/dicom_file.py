@@ -4,7 +4,7 @@ The native parser reads all headers in parallel; an archive's entries are parsed
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -13,7 +13,9 @@ from tapct_fast import _native
 from tapct_fast.errors import FormatError, InputError
 from tapct_fast.io.archive import Archive
 from tapct_fast.io.dicom_fields import TAGS, Header, decode, text_of
+from tapct_fast.io.dicom_frames import read_multi_frame
 
+CT_IMAGE = "1.2.840.10008.5.1.4.1.1.2"
 MULTI_FRAME_CT = ("1.2.840.10008.5.1.4.1.1.2.1", "1.2.840.10008.5.1.4.1.1.2.2")
 DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
 _DICOMDIR = "1.2.840.10008.1.3.10"
@@ -30,19 +32,22 @@ class DicomFile:
     Attributes:
         header: Values by keyword; absent fields are absent.
         place: ``file 3 of 40``.
-        source: The path, or what returns the whole content of an archive's entry.
+        source: The path, or what returns the whole content of an archive's entry, or the pixels of
+            all frames of an object.
         pixel_offset: Of the value of PixelData, in the file or the inflated data set.
         pixel_bytes: None where the value is encapsulated, so that its length is not stated.
         deflated_at: Where the deflated data set starts.
+        stream: The compressed image, where it was taken out of its object already.
     """
 
     header: Header
     place: str
-    source: bytes | Callable[[], bytearray]
+    source: bytes | memoryview | Callable[[], bytearray]
     is_big_endian: bool = False
     deflated_at: int | None = None
     pixel_offset: int | None = None
     pixel_bytes: int | None = None
+    stream: bytes | None = None
 
     @property
     def is_multi_frame(self) -> bool:
@@ -65,6 +70,57 @@ def open_files(source: Path, threads: int) -> Iterator[list[DicomFile]]:
             yield _checked(_scan_archive(archive), "the archive")
     else:
         yield _checked(_scan_folder(source, threads), "the folder")
+
+
+def frames_of(file: DicomFile) -> list[DicomFile]:
+    """Return the frames of an enhanced CT object as the slices they are, other files as they are.
+
+    Raises:
+        InputError: pydicom is not installed.
+        FormatError: The object is damaged or contradicts itself.
+    """
+    if not file.is_multi_frame:
+        return [file]
+    if callable(file.source):
+        source: Path | bytes = bytes(file.source())
+    else:
+        assert isinstance(file.source, bytes)
+        source = Path(os.fsdecode(file.source))
+    found = read_multi_frame(source, file.place)
+    frames = []
+    for index, (fields, place) in enumerate(zip(found.headers, found.places, strict=True)):
+        header = {field: _plain(value) for field, value in fields.items()}
+        header["SOPClassUID"] = CT_IMAGE  # all checks of a slice hold for a frame
+        header["LossyImageCompression"] = text_of(file.header, "LossyImageCompression")
+        if found.is_compressed:
+            frames.append(
+                DicomFile(header, place, b"", pixel_offset=0, stream=found.streams[index])
+            )
+        else:
+            num_bytes = found.stored(index).nbytes
+            frames.append(
+                DicomFile(
+                    header,
+                    place,
+                    found.native,
+                    file.is_big_endian,
+                    pixel_offset=index * num_bytes,
+                    pixel_bytes=num_bytes,
+                )
+            )
+    return frames
+
+
+def _plain(value: object) -> object:
+    """Return a value of pydicom's as ``dicom_fields.decode`` would give it."""
+    if isinstance(value, str | int | float):
+        return value
+    if isinstance(value, Iterable):
+        items = list(value)
+        if any(isinstance(item, str) for item in items):
+            return "\\".join(map(str, items))
+        return tuple(items)
+    return str(value)
 
 
 def num_threads(threads: int | None) -> int:

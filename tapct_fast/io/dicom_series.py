@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from tapct_fast.errors import FormatError
 from tapct_fast.io.dicom_fields import integer_of, numbers_of, text_of
-from tapct_fast.io.dicom_file import DicomFile
+from tapct_fast.io.dicom_file import DicomFile, frames_of
 from tapct_fast.io.dicom_slice import (
     SLICE_FIELDS,
     check_slice,
@@ -37,6 +37,7 @@ _POSITION = "ImagePositionPatient"
 
 def read_volume_of(files: list[DicomFile], inspection: Inspection, threads: int) -> Volume:
     """Judge the files of one series, read their pixels and return the volume."""
+    files = [frame for file in files for frame in frames_of(file)]
     inspection.facts |= {"format": "dicom", "num_slices": len(files)}
     files = _without_localizers(files, inspection)
     refusals = _Refusals(inspection)
@@ -120,7 +121,7 @@ def _check_slices(files: list[DicomFile], refusals: _Refusals) -> None:
     """Check each slice; those whose fields agree with an earlier one's need no check."""
     seen = set()
     for file in files:
-        judged = (*map(file.header.get, SLICE_FIELDS), file.is_multi_frame)
+        judged = tuple(map(file.header.get, SLICE_FIELDS))
         if judged not in seen:
             seen.add(judged)
             refusals.attempt(lambda file=file: check_slice(file))  # type: ignore[misc]

@@ -17,10 +17,9 @@ from tapct_fast.errors import FormatError
 from tapct_fast.io.dicom_codec import FrameJob
 from tapct_fast.io.dicom_decode import decode_frames
 from tapct_fast.io.dicom_fields import SYNTAXES, Header, Syntax, integer_of, numbers_of, text_of
-from tapct_fast.io.dicom_file import DicomFile
+from tapct_fast.io.dicom_file import CT_IMAGE, DicomFile
 
 MAX_MATRIX = 8192  # rows or columns; scanners reconstruct up to 2048
-CT_IMAGE = "1.2.840.10008.5.1.4.1.1.2"
 
 # What ``check_slice`` judges: slices that agree in all of these need one check.
 SLICE_FIELDS = (
@@ -36,10 +35,10 @@ def check_slice(file: DicomFile) -> None:
     header, place = file.header, file.place
     if text_of(header, "Modality") != "CT":
         raise FormatError("Modality", f"{place} is not CT", "unsupported")
-    if file.is_multi_frame or integer_of(header, "NumberOfFrames", place, missing=1) != 1:
+    if integer_of(header, "NumberOfFrames", place, missing=1) != 1:
         raise FormatError(
-            "SOPClassUID" if file.is_multi_frame else "NumberOfFrames",
-            f"{place} is an enhanced (multi-frame) CT object; "
+            "NumberOfFrames",
+            f"{place} is a multi-frame object of another kind than enhanced CT; "
             "convert it to single slices or to NIfTI first, for example with dcm2niix",
             "unsupported",
         )
@@ -143,10 +142,10 @@ def read_slices(
             )
     hu_ZYX = np.empty((len(files), rows, columns), np.int16)
     plain = [(z, file) for z, file in enumerate(files) if file.pixel_bytes is not None]
-    on_disk = [_stored(file, file.source, z) for z, file in plain if isinstance(file.source, bytes)]
-    _native.read_slices(hu_ZYX, on_disk, threads)
+    at_hand = [_stored(file, file.source, z) for z, file in plain if not callable(file.source)]
+    _native.read_slices(hu_ZYX, at_hand, threads)
     # Entries of an archive are inflated a few at a time: all of them would double the memory.
-    packed = [(z, file) for z, file in plain if not isinstance(file.source, bytes)]
+    packed = [(z, file) for z, file in plain if callable(file.source)]
     for start in range(0, len(packed), threads):
         batch = [
             _stored(file, memoryview(file.source()), z)
@@ -156,6 +155,8 @@ def read_slices(
         _native.read_slices(hu_ZYX, batch, threads)
 
     encapsulated = [(z, file) for z, file in enumerate(files) if file.pixel_bytes is None]
+    if not encapsulated:
+        return hu_ZYX
     jobs = [_job(file, rows, columns) for _, file in encapsulated]
     for (z, file), stored_SS in zip(encapsulated, decode_frames(jobs), strict=True):
         pixels = memoryview(stored_SS.reshape(-1).view(np.uint8))
@@ -204,6 +205,8 @@ def read_stream(file: DicomFile) -> bytes:
     Source: DICOM PS3.5 A.4.
     """
     assert file.pixel_offset is not None
+    if file.stream is not None:
+        return file.stream
     if isinstance(file.source, bytes):
         try:
             with open(file.source, "rb") as content:  # noqa: PTH123  # a path of bytes
@@ -214,6 +217,7 @@ def read_stream(file: DicomFile) -> bytes:
                 "file", f"{file.place} cannot be read: {error.strerror}", "integrity"
             ) from None
     else:
+        assert callable(file.source)
         value = bytes(memoryview(file.source())[file.pixel_offset :])
     table, *fragments = _fragments(value, file.place)
     if len(table) > 4:

@@ -1,0 +1,147 @@
+"""Reading one uncompressed DICOM series of real size into HU against other readers, cache warm.
+
+The series is 275 slices of 512 x 512 (144 MB of pixels), explicit little endian, made of a real
+chest CT of 20 slices repeated along z. Rivals: dcm2niix (a program that writes a file), pydicom
+with sorting and rescaling, SimpleITK. None of them checks what ours checks: that every slice is
+there once, in its place, of one scan, and whole; ours is ``read_volume`` with all its checks.
+"""
+
+import os
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import dcm2niix
+import nibabel
+import numpy as np
+import SimpleITK
+from numpy.typing import NDArray
+from pydicom import dcmread
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import ExplicitVRLittleEndian
+
+from bench.harness import REPOSITORY, start, time_ms, version
+from tapct_fast.io.dicom import read_series
+from tapct_fast.io.read import read_volume
+
+Hu = NDArray[np.int16]
+SOURCES = [
+    *(f"csrc/{name}" for name in ("file.cpp", "dicom.cpp", "dicom_pixels.cpp", "bindings.cpp")),
+    *(f"tapct_fast/io/dicom{part}.py" for part in ("", "_fields", "_file", "_series", "_slice")),
+    *(f"tapct_fast/io/{name}.py" for name in ("read", "slices", "orient")),
+]
+SCAN = "nifti/lidc0314_chest_native_z120-139_int16.nii.gz"
+CT_IMAGE = "1.2.840.10008.5.1.4.1.1.2"
+
+
+def write_series(folder: Path, hu_ZYX: Hu) -> None:
+    """Write one file per slice, 1 mm apart, in an order that is not that of the names."""
+    for z, hu_YX in enumerate(hu_ZYX):
+        meta = FileMetaDataset()
+        meta.TransferSyntaxUID, meta.MediaStorageSOPClassUID = ExplicitVRLittleEndian, CT_IMAGE
+        meta.MediaStorageSOPInstanceUID = f"1.2.3.{z + 1}"
+        dataset = Dataset()
+        dataset.file_meta, dataset.SOPClassUID = meta, CT_IMAGE
+        dataset.SOPInstanceUID = meta.MediaStorageSOPInstanceUID
+        dataset.StudyInstanceUID, dataset.SeriesInstanceUID = "1.2.4", "1.2.5"
+        dataset.FrameOfReferenceUID, dataset.PatientID = "1.2.6", "1"
+        dataset.Modality, dataset.ImageType = "CT", ["ORIGINAL", "PRIMARY", "AXIAL"]
+        dataset.InstanceNumber, dataset.SeriesNumber, dataset.SliceThickness = z + 1, 3, "1"
+        dataset.Rows, dataset.Columns = hu_YX.shape
+        dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = 16, 16, 15
+        dataset.SamplesPerPixel, dataset.PhotometricInterpretation = 1, "MONOCHROME2"
+        dataset.PixelRepresentation = 1
+        dataset.RescaleSlope, dataset.RescaleIntercept = "1", "-1024"
+        dataset.PixelSpacing = [0.78125, 0.78125]
+        dataset.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
+        dataset.ImagePositionPatient = [-200.0, -200.0, float(z)]
+        dataset.PixelData = (hu_YX.astype(np.int32) + 1024).astype("<i2").tobytes()
+        name = f"{z * 7 % len(hu_ZYX):04d}.dcm"
+        dataset.save_as(folder / name, enforce_file_format=True)
+
+
+def _with_pydicom(folder: Path) -> Hu:
+    slices = sorted(
+        (dcmread(path) for path in folder.iterdir()),
+        key=lambda dataset: float(dataset.ImagePositionPatient[2]),
+    )
+    hu_ZYX = np.empty((len(slices), *slices[0].pixel_array.shape), np.int16)
+    for hu_YX, dataset in zip(hu_ZYX, slices, strict=True):
+        slope, intercept = int(dataset.RescaleSlope), int(dataset.RescaleIntercept)
+        np.add(dataset.pixel_array * np.int16(slope), np.int16(intercept), out=hu_YX)
+    return hu_ZYX
+
+
+def _with_simpleitk(folder: Path) -> Hu:
+    reader = SimpleITK.ImageSeriesReader()
+    reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(folder)))
+    hu_ZYX: Hu = SimpleITK.GetArrayFromImage(reader.Execute()).astype(np.int16, copy=False)
+    return hu_ZYX
+
+
+def _with_dcm2niix(folder: Path, out: Path) -> None:
+    for old in out.iterdir():
+        old.unlink()
+    subprocess.run(
+        [dcm2niix.bin, "-z", "n", "-f", "scan", "-o", str(out), str(folder)],
+        check=True,
+        capture_output=True,
+    )
+
+
+def _checked_dcm2niix(folder: Path, out: Path) -> Hu:
+    _with_dcm2niix(folder, out)
+    image = nibabel.load(out / "scan.nii")
+    # NIfTI's rows run the other way; slope and intercept stand in the header.
+    return np.asarray(image.dataobj).T[:, ::-1].astype(np.int16)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure the one series."""
+    run = start(__file__, SOURCES, argv)
+    data = Path(os.environ.get("TAPCT_TEST_DATA", REPOSITORY / ".." / "shared" / "data" / "ct"))
+    if not run.is_tiny and not (data / SCAN).exists():
+        print("read_dicom: not measured, there is no real CT; set TAPCT_TEST_DATA")
+        return
+    shape_zyx = (6, 32, 32) if run.is_tiny else (275, 512, 512)
+    case = "x".join(map(str, shape_zyx))
+    if not run.wants(case, "cpu"):
+        return
+    if run.is_tiny:
+        z, y, x = np.indices(shape_zyx)
+        hu_ZYX = (50 * z + 9 * y - 30 * x - 100).astype(np.int16)
+    else:
+        chest_ZYX = np.asarray(nibabel.load(data / SCAN).dataobj).T.astype(np.int16)
+        hu_ZYX = np.resize(chest_ZYX, shape_zyx)
+
+    with tempfile.TemporaryDirectory() as name, tempfile.TemporaryDirectory() as out_name:
+        folder, out = Path(name), Path(out_name)
+        write_series(folder, hu_ZYX)
+        readers: dict[str, Callable[[], Hu]] = {
+            "tapct_fast": lambda: read_volume(folder).hu_ZYX,
+            "tapct_fast, 1 thread": lambda: read_series(folder, threads=1).hu_ZYX,
+            "dcm2niix": lambda: _checked_dcm2niix(folder, out),
+            "pydicom": lambda: _with_pydicom(folder),
+            "SimpleITK": lambda: _with_simpleitk(folder),
+        }
+        for reader, read in readers.items():
+            if not np.array_equal(read(), hu_ZYX):
+                raise ValueError(f"{reader} returns other voxels than were written; not timed")
+        calls = {**readers, "dcm2niix": lambda: _with_dcm2niix(folder, out)}
+        times = time_ms(calls, device="cpu", rounds=3 if run.is_tiny else 9)
+        run.write(
+            case,
+            "cpu",
+            times,
+            bytes=hu_ZYX.nbytes,
+            verified="equal voxels",
+            scan="phantom by formula" if run.is_tiny else "20 real slices repeated",
+            pydicom=version("pydicom"),
+            simpleitk=version("simpleitk"),
+            dcm2niix=version("dcm2niix"),
+        )
+
+
+if __name__ == "__main__":
+    main()
