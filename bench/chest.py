@@ -9,9 +9,10 @@ import os
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from bench.harness import REPOSITORY
+from tapct_fast.data.phantom import make_phantom
+from tapct_fast.io.nifti import write_nifti
 from tapct_fast.io.read import read_volume
 from tapct_fast.io.volume import Volume
 
@@ -19,26 +20,26 @@ NUM_SLICES = 275
 _FILE = "nifti/lidc0314_chest_native_z120-139_int16.nii.gz"
 
 
-def find_chest() -> Path | None:
-    """Return the test data's file, None where there is no such data."""
+def tiled_chest(*, is_tiny: bool) -> Volume | None:
+    """Return the chest with 275 slices; for tests a tiny phantom.
+
+    Where there is no real CT it says so and returns None: nothing is measured then.
+    """
+    if is_tiny:
+        return make_phantom(0, shape_zyx=(8, 64, 64), spacing_mm=(1.0, 0.8, 0.8)).volume
     folder = os.environ.get("TAPCT_TEST_DATA", REPOSITORY / ".." / "shared" / "data" / "ct")
     path = Path(folder) / _FILE
-    return path if path.exists() else None
-
-
-def tiled_chest(path: Path, *, is_tiny: bool) -> Volume:
-    """Return the chest with 275 slices, or a corner of it for tests."""
+    if not path.exists():
+        print("skipped: no real CT; set TAPCT_TEST_DATA to a folder with nifti/", flush=True)
+        return None
     volume = read_volume(path)
-    hu_ZYX: NDArray[np.int16] = volume.hu_ZYX
-    if is_tiny:
-        hu_ZYX = np.ascontiguousarray(hu_ZYX[:8, 200:264, 200:264])
-    else:
-        hu_ZYX = np.resize(hu_ZYX, (NUM_SLICES, *hu_ZYX.shape[1:]))
+    hu_ZYX = np.resize(volume.hu_ZYX, (NUM_SLICES, *volume.hu_ZYX.shape[1:]))
     return Volume(hu_ZYX=hu_ZYX, spacing_mm=volume.spacing_mm, affine=volume.affine)
 
 
-def gzip_plain(plain: Path) -> Path:
-    """Compress ``scan.nii`` to ``scan.nii.gz`` as the common writers do: one member, level 6."""
-    packed = plain.with_suffix(".nii.gz")
-    packed.write_bytes(gzip.compress(plain.read_bytes(), 6, mtime=0))
-    return packed
+def write_single_member(path: Path, volume: Volume) -> None:
+    """Write a ``.nii.gz`` as the common writers do: one gzip member, level 6."""
+    plain = path.with_name("plain.nii")
+    write_nifti(plain, volume.hu_ZYX, volume.affine)
+    path.write_bytes(gzip.compress(plain.read_bytes(), compresslevel=6, mtime=0))
+    plain.unlink()

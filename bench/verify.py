@@ -14,10 +14,9 @@ from pathlib import Path
 
 from isal import igzip
 
-from bench.chest import find_chest, gzip_plain, tiled_chest
+from bench.chest import tiled_chest, write_single_member
 from bench.harness import start, time_ms, version
 from tapct_fast import _native
-from tapct_fast.io.nifti import write_nifti
 from tapct_fast.io.verify import Verification, verify
 
 SOURCES = [
@@ -30,24 +29,19 @@ NUM_SCANS = 2
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure the one archive."""
     run = start(__file__, SOURCES, argv)
-    chest = find_chest()
-    if chest is None:
-        print("verify: skipped, no real CT; set TAPCT_TEST_DATA", flush=True)
+    volume = tiled_chest(is_tiny=run.is_tiny)
+    if volume is None:
+        return
+    case = f"{NUM_SCANS} scans " + "x".join(map(str, volume.hu_ZYX.shape))
+    if not run.wants(case, "cpu"):
         return
     with tempfile.TemporaryDirectory() as folder:
         archive, out = Path(folder) / "archive", Path(folder) / "out"
         archive.mkdir()
-        volume = tiled_chest(chest, is_tiny=run.is_tiny)
-        case = f"{NUM_SCANS} scans " + "x".join(map(str, volume.hu_ZYX.shape))
-        if not run.wants(case, "cpu"):
-            return
-        plain = archive / "0.nii"
-        write_nifti(plain, volume.hu_ZYX, volume.affine)
-        first = gzip_plain(plain)
-        plain.unlink()
-        scans = [first, *(archive / f"{n}.nii.gz" for n in range(1, NUM_SCANS))]
+        scans = [archive / f"{n}.nii.gz" for n in range(NUM_SCANS)]
+        write_single_member(scans[0], volume)
         for copy in scans[1:]:
-            shutil.copy(first, copy)
+            shutil.copy(scans[0], copy)
 
         def ours() -> Verification:
             shutil.rmtree(out, ignore_errors=True)  # nothing to resume from

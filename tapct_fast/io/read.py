@@ -24,6 +24,7 @@ from tapct_fast.io.volume import Volume
 
 _NIFTI_SUFFIXES = (".nii", ".nii.gz")
 _ITK_SUFFIXES = (".nrrd", ".nhdr", ".mha", ".mhd")
+_VOLUME_SUFFIXES = (*_NIFTI_SUFFIXES, *_ITK_SUFFIXES, ".zip")
 
 # Fat is near -100 HU and noise of a CT is above 5 HU: a scan with neither fat nor air below this is
 # a windowed image, a label map, or stored values without their rescale intercept.
@@ -192,7 +193,7 @@ def find_scans(paths: Sequence[Path]) -> list[Path]:
         if not found:
             raise InputError(
                 f"input {number} is a folder without scans; a scan is a .nii, .nii.gz, .nrrd, "
-                ".nhdr, .mha or .mhd file, or a folder of DICOM slices"
+                ".nhdr, .mha or .mhd file, or a folder or zip archive of DICOM slices"
             )
         for scan in found:
             scans.setdefault(scan.resolve(), scan)
@@ -212,7 +213,7 @@ def _search(folder: Path) -> Iterator[Path]:
         shown = [here / entry for entry in sorted(files) if not entry.startswith(".")]
         if any(_looks_like_dicom(path) for path in shown):
             yield here
-        yield from (path for path in shown if _has_suffix(path, _NIFTI_SUFFIXES + _ITK_SUFFIXES))
+        yield from (path for path in shown if _has_suffix(path, _VOLUME_SUFFIXES))
 
 
 def is_series(path: Path) -> bool:
