@@ -23,7 +23,8 @@ from pydicom.uid import UID, ExplicitVRLittleEndian
 
 from bench.harness import REPOSITORY, start, time_ms, version
 from tapct_fast.io.dicom import read_series
-from tapct_fast.io.read import read_volume
+from tapct_fast.io.findings import Inspection
+from tapct_fast.io.read import check_is_hu, read_volume
 
 Hu = NDArray[np.int16]
 SOURCES = [
@@ -61,6 +62,12 @@ def write_series(folder: Path, hu_ZYX: Hu) -> None:
         dataset.save_as(folder / name, enforce_file_format=True)
 
 
+def _on_one_thread(folder: Path) -> Hu:
+    hu_ZYX = read_series(folder, threads=1).hu_ZYX
+    check_is_hu(hu_ZYX, Inspection())
+    return hu_ZYX
+
+
 def _with_pydicom(folder: Path) -> Hu:
     slices = sorted(
         (dcmread(path) for path in folder.iterdir()),
@@ -75,7 +82,8 @@ def _with_pydicom(folder: Path) -> Hu:
 
 def _with_simpleitk(folder: Path) -> Hu:
     reader = SimpleITK.ImageSeriesReader
-    image = SimpleITK.ReadImage(reader.GetGDCMSeriesFileNames(str(folder)))
+    names = reader.GetGDCMSeriesFileNames(str(folder))  # type: ignore[no-untyped-call]
+    image = SimpleITK.ReadImage(names)
     hu_ZYX: Hu = SimpleITK.GetArrayFromImage(image).astype(np.int16, copy=False)
     return hu_ZYX
 
@@ -110,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if run.is_tiny:
         z, y, x = np.indices(shape_zyx)
-        hu_ZYX = (50 * z + 9 * y - 30 * x - 100).astype(np.int16)
+        hu_ZYX = (50 * z + 9 * y - 30 * x - 300).astype(np.int16)
     else:
         chest_ZYX = np.asarray(Nifti1Image.from_filename(data / SCAN).dataobj).T.astype(np.int16)
         hu_ZYX = np.resize(chest_ZYX, shape_zyx)
@@ -120,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_series(folder, hu_ZYX)
         readers: dict[str, Callable[[], Hu]] = {
             "tapct_fast": lambda: read_volume(folder).hu_ZYX,
-            "tapct_fast, 1 thread": lambda: read_series(folder, threads=1).hu_ZYX,
+            "tapct_fast, 1 thread": lambda: _on_one_thread(folder),
             "dcm2niix": lambda: _checked_dcm2niix(folder, out),
             "pydicom": lambda: _with_pydicom(folder),
             "SimpleITK": lambda: _with_simpleitk(folder),
