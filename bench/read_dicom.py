@@ -13,17 +13,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import dcm2niix
-import nibabel
 import numpy as np
 import SimpleITK
+from nibabel.nifti1 import Nifti1Image
 from numpy.typing import NDArray
 from pydicom import dcmread
 from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.uid import ExplicitVRLittleEndian
+from pydicom.uid import UID, ExplicitVRLittleEndian
 
 from bench.harness import REPOSITORY, start, time_ms, version
 from tapct_fast.io.dicom import read_series
-from tapct_fast.io.read import read_volume
+from tapct_fast.io.findings import Inspection
+from tapct_fast.io.read import check_is_hu, read_volume
 
 Hu = NDArray[np.int16]
 SOURCES = [
@@ -32,7 +33,7 @@ SOURCES = [
     *(f"tapct_fast/io/{name}.py" for name in ("read", "slices", "orient")),
 ]
 SCAN = "nifti/lidc0314_chest_native_z120-139_int16.nii.gz"
-CT_IMAGE = "1.2.840.10008.5.1.4.1.1.2"
+CT_IMAGE = UID("1.2.840.10008.5.1.4.1.1.2")
 
 
 def write_series(folder: Path, hu_ZYX: Hu) -> None:
@@ -40,7 +41,7 @@ def write_series(folder: Path, hu_ZYX: Hu) -> None:
     for z, hu_YX in enumerate(hu_ZYX):
         meta = FileMetaDataset()
         meta.TransferSyntaxUID, meta.MediaStorageSOPClassUID = ExplicitVRLittleEndian, CT_IMAGE
-        meta.MediaStorageSOPInstanceUID = f"1.2.3.{z + 1}"
+        meta.MediaStorageSOPInstanceUID = UID(f"1.2.3.{z + 1}")
         dataset = Dataset()
         dataset.file_meta, dataset.SOPClassUID = meta, CT_IMAGE
         dataset.SOPInstanceUID = meta.MediaStorageSOPInstanceUID
@@ -61,6 +62,12 @@ def write_series(folder: Path, hu_ZYX: Hu) -> None:
         dataset.save_as(folder / name, enforce_file_format=True)
 
 
+def _on_one_thread(folder: Path) -> Hu:
+    hu_ZYX = read_series(folder, threads=1).hu_ZYX
+    check_is_hu(hu_ZYX, Inspection())
+    return hu_ZYX
+
+
 def _with_pydicom(folder: Path) -> Hu:
     slices = sorted(
         (dcmread(path) for path in folder.iterdir()),
@@ -74,9 +81,10 @@ def _with_pydicom(folder: Path) -> Hu:
 
 
 def _with_simpleitk(folder: Path) -> Hu:
-    reader = SimpleITK.ImageSeriesReader()
-    reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(folder)))
-    hu_ZYX: Hu = SimpleITK.GetArrayFromImage(reader.Execute()).astype(np.int16, copy=False)
+    reader = SimpleITK.ImageSeriesReader
+    names = reader.GetGDCMSeriesFileNames(str(folder))  # type: ignore[no-untyped-call]
+    image = SimpleITK.ReadImage(names)
+    hu_ZYX: Hu = SimpleITK.GetArrayFromImage(image).astype(np.int16, copy=False)
     return hu_ZYX
 
 
@@ -92,7 +100,7 @@ def _with_dcm2niix(folder: Path, out: Path) -> None:
 
 def _checked_dcm2niix(folder: Path, out: Path) -> Hu:
     _with_dcm2niix(folder, out)
-    image = nibabel.load(out / "scan.nii")
+    image = Nifti1Image.from_filename(out / "scan.nii")
     # NIfTI's rows run the other way; slope and intercept stand in the header.
     return np.asarray(image.dataobj).T[:, ::-1].astype(np.int16)
 
@@ -110,9 +118,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if run.is_tiny:
         z, y, x = np.indices(shape_zyx)
-        hu_ZYX = (50 * z + 9 * y - 30 * x - 100).astype(np.int16)
+        hu_ZYX = (50 * z + 9 * y - 30 * x - 300).astype(np.int16)
     else:
-        chest_ZYX = np.asarray(nibabel.load(data / SCAN).dataobj).T.astype(np.int16)
+        chest_ZYX = np.asarray(Nifti1Image.from_filename(data / SCAN).dataobj).T.astype(np.int16)
         hu_ZYX = np.resize(chest_ZYX, shape_zyx)
 
     with tempfile.TemporaryDirectory() as name, tempfile.TemporaryDirectory() as out_name:
@@ -120,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_series(folder, hu_ZYX)
         readers: dict[str, Callable[[], Hu]] = {
             "tapct_fast": lambda: read_volume(folder).hu_ZYX,
-            "tapct_fast, 1 thread": lambda: read_series(folder, threads=1).hu_ZYX,
+            "tapct_fast, 1 thread": lambda: _on_one_thread(folder),
             "dcm2niix": lambda: _checked_dcm2niix(folder, out),
             "pydicom": lambda: _with_pydicom(folder),
             "SimpleITK": lambda: _with_simpleitk(folder),

@@ -171,6 +171,12 @@ def _describe(key: str, files: list[DicomFile]) -> SeriesInfo:
         spacing_mm = None if stack.problems else spacing_of(stack.affine)
     except FormatError:
         spacing_mm = None
+    try:
+        num_slices = sum(
+            integer_of(file.header, "NumberOfFrames", file.place, missing=1) for file in files
+        )
+    except FormatError:
+        num_slices = len(files)
     return SeriesInfo(
-        key, modality if modality in _MODALITIES else "other", len(files), matrix_yx, spacing_mm
+        key, modality if modality in _MODALITIES else "other", num_slices, matrix_yx, spacing_mm
     )

@@ -7,7 +7,7 @@ Shape suffixes: Z Y X voxels.
 
 import struct
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -101,7 +101,8 @@ def syntax_of(file: DicomFile) -> Syntax:
     return syntax
 
 
-class _StoredSlice(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class _StoredSlice:
     """One slice for ``_native.read_slices``."""
 
     source: bytes | memoryview
@@ -159,9 +160,13 @@ def read_slices(
         return hu_ZYX
     jobs = [_job(file, rows, columns) for _, file in encapsulated]
     for (z, file), stored_SS in zip(encapsulated, decode_frames(jobs), strict=True):
-        pixels = memoryview(stored_SS.reshape(-1).view(np.uint8))
-        slice_ = _stored(file, pixels, z)._replace(
-            pixel_offset=0, pixel_bytes=len(pixels), is_big_endian=False, deflated_at=None
+        pixels = stored_SS.reshape(-1).view(np.uint8).data
+        slice_ = replace(
+            _stored(file, pixels, z),
+            pixel_offset=0,
+            pixel_bytes=len(pixels),
+            is_big_endian=False,
+            deflated_at=None,
         )
         _native.read_slices(hu_ZYX, [slice_], 1)
     return hu_ZYX

@@ -286,6 +286,7 @@ def test_an_enhanced_object_is_a_volume(tmp_path: Path, is_compressed: bool) -> 
     if is_compressed:
         enhanced.compress(RLELossless, encoding_plugin="pydicom")
     enhanced.save_as(tmp_path / "a" / "e.dcm", enforce_file_format=True)
+    assert [info.num_slices for info in list_series(tmp_path / "a")] == [8]
     volume = read_series(tmp_path / "a")
     assert volume.hu_ZYX.shape == (8, ROWS, COLUMNS)
     assert assert_linear(volume) == 1.0
