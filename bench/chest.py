@@ -7,8 +7,10 @@ along z. A slice is 16 times deflate's window, so the repetition helps no compre
 import gzip
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from bench.harness import REPOSITORY
 from tapct_fast.data.phantom import make_phantom
@@ -37,9 +39,9 @@ def tiled_chest(*, is_tiny: bool) -> Volume | None:
     return Volume(hu_ZYX=hu_ZYX, spacing_mm=volume.spacing_mm, affine=volume.affine)
 
 
-def write_single_member(path: Path, volume: Volume) -> None:
+def write_single_member(path: Path, array_ZYX: NDArray[Any], affine: NDArray[np.float64]) -> None:
     """Write a ``.nii.gz`` as the common writers do: one gzip member, level 6."""
     plain = path.with_name("plain.nii")
-    write_nifti(plain, volume.hu_ZYX, volume.affine)
+    write_nifti(plain, array_ZYX, affine)
     path.write_bytes(gzip.compress(plain.read_bytes(), compresslevel=6, mtime=0))
     plain.unlink()

@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
         paths = [path, other] = [Path(folder) / "scan.nii.gz", Path(folder) / "other.nii.gz"]
-        write_single_member(path, volume)
+        write_single_member(path, volume.hu_ZYX, volume.affine)
         shutil.copy(path, other)
         expected = _with_torch(volume.hu_ZYX)
         for name, load in {"tapct_fast": ours, **rivals}.items():

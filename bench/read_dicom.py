@@ -1,12 +1,11 @@
 """Reading one uncompressed DICOM series of real size into HU against other readers, cache warm.
 
-The series is 275 slices of 512 x 512 (144 MB of pixels), explicit little endian, made of a real
-chest CT of 20 slices repeated along z. Rivals: dcm2niix (a program that writes a file), pydicom
+The series is 275 slices of 512 x 512 (144 MB of pixels), explicit little endian, made of the real
+chest of ``bench.chest``. Rivals: dcm2niix (a program that writes a file), pydicom
 with sorting and rescaling, SimpleITK. None of them checks what ours checks: that every slice is
 there once, in its place, of one scan, and whole; ours is ``read_volume`` with all its checks.
 """
 
-import os
 import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
@@ -21,7 +20,8 @@ from pydicom import dcmread
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import UID, ExplicitVRLittleEndian
 
-from bench.harness import REPOSITORY, start, time_ms, version
+from bench.chest import tiled_chest
+from bench.harness import start, time_ms, version
 from tapct_fast.io.dicom import read_series
 from tapct_fast.io.findings import Inspection
 from tapct_fast.io.read import check_is_hu, read_volume
@@ -32,7 +32,6 @@ SOURCES = [
     *(f"tapct_fast/io/dicom{part}.py" for part in ("", "_fields", "_file", "_series", "_slice")),
     *(f"tapct_fast/io/{name}.py" for name in ("read", "slices", "orient")),
 ]
-SCAN = "nifti/lidc0314_chest_native_z120-139_int16.nii.gz"
 CT_IMAGE = UID("1.2.840.10008.5.1.4.1.1.2")
 
 
@@ -108,21 +107,13 @@ def _checked_dcm2niix(folder: Path, out: Path) -> Hu:
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure the one series."""
     run = start(__file__, SOURCES, argv)
-    data = Path(os.environ.get("TAPCT_TEST_DATA", REPOSITORY / ".." / "shared" / "data" / "ct"))
-    if not run.is_tiny and not (data / SCAN).exists():
-        print("read_dicom: not measured, there is no real CT; set TAPCT_TEST_DATA")
+    volume = tiled_chest(is_tiny=run.is_tiny)
+    if volume is None:
         return
-    shape_zyx = (6, 32, 32) if run.is_tiny else (275, 512, 512)
-    case = "x".join(map(str, shape_zyx))
+    hu_ZYX = volume.hu_ZYX
+    case = "x".join(map(str, hu_ZYX.shape))
     if not run.wants(case, "cpu"):
         return
-    if run.is_tiny:
-        z, y, x = np.indices(shape_zyx)
-        hu_ZYX = (50 * z + 9 * y - 30 * x - 300).astype(np.int16)
-    else:
-        chest_ZYX = np.asarray(Nifti1Image.from_filename(data / SCAN).dataobj).T.astype(np.int16)
-        hu_ZYX = np.resize(chest_ZYX, shape_zyx)
-
     with tempfile.TemporaryDirectory() as name, tempfile.TemporaryDirectory() as out_name:
         folder, out = Path(name), Path(out_name)
         write_series(folder, hu_ZYX)
@@ -144,7 +135,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             times,
             bytes=hu_ZYX.nbytes,
             verified="equal voxels",
-            scan="phantom by formula" if run.is_tiny else "20 real slices repeated",
             pydicom=version("pydicom"),
             simpleitk=version("simpleitk"),
             dcm2niix=version("dcm2niix"),

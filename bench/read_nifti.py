@@ -1,16 +1,14 @@
 """Reading one NIfTI of real size into checked int16 voxels against other readers, cache warm.
 
-The scan is a real chest CT, 20 slices of LIDC-IDRI-0314, repeated along z to 275x512x512 voxels,
-144 MB. Rivals run in the same process with one thread each: medrs and MONAI where installed,
-SimpleITK, nibabel, and Python's own gzip. Whether a reader checks the CRC is tried, not assumed:
-``checks_crc`` says who refuses a file whose CRC is wrong. Ours checks sizes, the CRC, geometry and
-HU range, and returns canonical orientation; "buffer" decodes into memory that was touched before,
-as a loader's pinned buffer is.
+The scan is the real chest of ``bench.chest``. Rivals run in the same process with one thread each:
+medrs and MONAI where installed, SimpleITK, nibabel, and Python's own gzip. Whether a reader checks
+the CRC is tried, not assumed: ``checks_crc`` says who refuses a file whose CRC is wrong. Ours
+checks sizes, the CRC, geometry and HU range, and returns canonical orientation; "buffer" decodes
+into memory that was touched before, as a loader's pinned buffer is.
 """
 
 import gzip
 import importlib.util
-import os
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,13 +21,13 @@ import SimpleITK
 from nibabel.nifti1 import Nifti1Image
 from numpy.typing import NDArray
 
-from bench.harness import REPOSITORY, start, time_ms, version
+from bench.chest import tiled_chest, write_single_member
+from bench.harness import start, time_ms, version
 from tapct_fast import _native
 from tapct_fast.data.phantom import make_phantom
 from tapct_fast.errors import FormatError
-from tapct_fast.io.findings import Inspection
-from tapct_fast.io.nifti import read_nifti, write_nifti
-from tapct_fast.io.read import check_is_hu, read_volume
+from tapct_fast.io.nifti import write_nifti
+from tapct_fast.io.read import read_volume
 
 Hu = NDArray[np.int16]
 Reader = Callable[[Path], NDArray[Any]]
@@ -38,9 +36,7 @@ SOURCES = [
     *("csrc/voxels.cpp", "csrc/bindings.cpp"),
     *(f"tapct_fast/io/{name}.py" for name in ("nifti", "orient", "read")),
 ]
-REAL = Path("nifti", "lidc0314_chest_native_z120-139_int16.nii.gz")
 HEADER_BYTES = 352
-NUM_SLICES = 275
 
 
 def write_scan(path: Path, shape_zyx: tuple[int, int, int]) -> Hu:
@@ -50,24 +46,8 @@ def write_scan(path: Path, shape_zyx: tuple[int, int, int]) -> Hu:
     return volume.hu_ZYX
 
 
-def _scan(is_tiny: bool) -> Hu | None:
-    """Return the voxels to write; None where there is no real CT."""
-    if is_tiny:
-        return make_phantom(0, shape_zyx=(8, 64, 64), spacing_mm=(2.5, 0.7, 0.7)).volume.hu_ZYX
-    default = REPOSITORY / ".." / "shared" / "data" / "ct"
-    path = Path(os.environ.get("TAPCT_TEST_DATA", default)) / REAL
-    if not path.exists():
-        return None
-    hu_ZYX = read_nifti(path).hu_ZYX
-    repeats = -(-NUM_SLICES // len(hu_ZYX))
-    return np.ascontiguousarray(np.tile(hu_ZYX, (repeats, 1, 1))[:NUM_SLICES])
-
-
-def _ours_into(buffer: NDArray[np.uint8] | None, threads: int, path: Path) -> Hu:
-    inspection = Inspection()
-    hu_ZYX = read_nifti(path, inspection, buffer=buffer, threads=threads).hu_ZYX
-    check_is_hu(hu_ZYX, inspection)
-    return hu_ZYX
+def _ours_into(buffer: NDArray[np.uint8], threads: int, path: Path) -> Hu:
+    return read_volume(path, buffer=buffer, threads=threads).hu_ZYX
 
 
 def _with_nibabel(path: Path) -> NDArray[Any]:
@@ -124,10 +104,10 @@ def _check(readers: dict[str, Reader], path: Path, expected_ZYX: Hu) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure five cases: one file, RAS, float32, two files, and members in parallel."""
     run = start(__file__, SOURCES, argv)
-    hu_ZYX = _scan(run.is_tiny)
-    if hu_ZYX is None:
-        print(f"read_nifti: no {REAL}; set TAPCT_TEST_DATA to a folder that holds it", flush=True)
+    volume = tiled_chest(is_tiny=run.is_tiny)
+    if volume is None:
         return
+    hu_ZYX = volume.hu_ZYX
     size = "x".join(map(str, hu_ZYX.shape))
     lps, ras = np.diag([-0.78, -0.78, 1.0, 1.0]), np.diag([0.78, 0.78, 1.0, 1.0])
     rounds = 3 if run.is_tiny else 11
@@ -146,7 +126,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             case = f"{size} {kind}, one file, one thread"
             if not run.wants(case, "cpu"):
                 continue
-            path = _one_member(folder, array, affine)
+            path = folder / "scan.nii.gz"
+            write_single_member(path, array, affine)
             buffer = np.zeros(array.nbytes + 4096, np.uint8)
             readers: dict[str, Reader] = {
                 "tapct_fast": lambda path: read_volume(path).hu_ZYX,
@@ -173,7 +154,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
         case = f"{size} int16, two files on two threads; eight MiB members"
         if run.wants(case, "cpu"):
-            path = _one_member(folder, hu_ZYX, lps)
+            path = folder / "scan.nii.gz"
+            write_single_member(path, hu_ZYX, lps)
             second, members = folder / "second.nii.gz", folder / "members.nii.gz"
             second.write_bytes(path.read_bytes())
             write_nifti(members, hu_ZYX, lps, threads=2, level=6)
@@ -203,15 +185,6 @@ def main(argv: Sequence[str] | None = None) -> None:
                 throughput_of_two=round(2 * one / two, 3),
                 **facts,
             )
-
-
-def _one_member(folder: Path, array: NDArray[Any], affine: NDArray[np.float64]) -> Path:
-    """Write a file as other tools do: one member, level 6."""
-    plain, path = folder / "plain.nii", folder / "scan.nii.gz"
-    write_nifti(plain, array, affine)
-    path.write_bytes(gzip.compress(plain.read_bytes(), 6, mtime=0))
-    plain.unlink()
-    return path
 
 
 if __name__ == "__main__":

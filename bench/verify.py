@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         archive, out = Path(folder) / "archive", Path(folder) / "out"
         archive.mkdir()
         scans = [archive / f"{n}.nii.gz" for n in range(NUM_SCANS)]
-        write_single_member(scans[0], volume)
+        write_single_member(scans[0], volume.hu_ZYX, volume.affine)
         for copy in scans[1:]:
             shutil.copy(scans[0], copy)
 
