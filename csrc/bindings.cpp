@@ -11,17 +11,19 @@
 #include <optional>
 #include <span>
 #include <stdexcept>
+#include <string_view>
 #include <system_error>
 
 #include "tapct/b2nd.hpp"
-#include "tapct/dicom.hpp"
+#include "tapct/box_reader.hpp"
 #include "tapct/deflate.hpp"
+#include "tapct/dicom.hpp"
 #include "tapct/error.hpp"
 #include "tapct/gpu.hpp"
 #include "tapct/inflate.hpp"
 #include "tapct/nifti.hpp"
-#include "tapct/voxels.hpp"
 #include "tapct/pixels.hpp"
+#include "tapct/voxels.hpp"
 
 namespace py = pybind11;
 
@@ -137,35 +139,79 @@ py::array_t<double> srow_of(const NiftiImage& read) {
 }
 
 std::vector<std::uint32_t> write_b2nd(const std::string& path, const Volume& data_ZYX,
-                                      const std::string& codec, int clevel,
-                                      const tapct::Zyx& chunk_zyx, const tapct::Zyx& block_zyx) {
+                                      const std::array<double, 16>& affine,
+                                      const std::array<double, 3>& spacing_mm,
+                                      const std::array<std::int16_t, 2>& hu_range,
+                                      const py::bytes& source_sha256, const std::string& codec,
+                                      int clevel, const tapct::Zyx& chunk_zyx,
+                                      const tapct::Zyx& block_zyx) {
   if (data_ZYX.ndim() != 3) {
     throw std::invalid_argument("write_b2nd: data_ZYX must have three axes");
   }
+  const std::string_view digest = source_sha256;
+  tapct::VolumeMeta meta{affine, spacing_mm, hu_range, {}};
+  if (digest.size() != meta.source_sha256.size()) {
+    throw std::invalid_argument("write_b2nd: source_sha256 must have 32 bytes");
+  }
+  std::memcpy(meta.source_sha256.data(), digest.data(), digest.size());
   const tapct::Zyx shape_zyx{data_ZYX.shape(0), data_ZYX.shape(1), data_ZYX.shape(2)};
   const std::span<const std::int16_t> data(data_ZYX.data(),
                                            static_cast<std::size_t>(data_ZYX.size()));
   const py::gil_scoped_release release;
-  return tapct::write_b2nd(path, data, shape_zyx, {codec, clevel, chunk_zyx, block_zyx});
+  return tapct::write_b2nd(path, data, shape_zyx, meta, {codec, clevel, chunk_zyx, block_zyx});
 }
 
-Volume read_box(const std::string& path, const std::vector<std::uint32_t>& crc32s,
-                const tapct::Zyx& lo_zyx, const tapct::Zyx& shape_zyx) {
-  std::int64_t voxels = 1;
-  for (const std::int64_t size : shape_zyx) {
-    constexpr std::int64_t largest = std::int64_t{1} << 40;
-    if (size < 1 || size > largest / voxels) {
-      throw std::invalid_argument("read_box: shape_zyx must be positive");
+// A BoxReader and the Python bytes its checksums lie in.
+struct Reader {
+  py::list crc32s;
+  std::unique_ptr<tapct::BoxReader> boxes;
+};
+
+std::unique_ptr<Reader> make_reader(const std::vector<std::string>& names,
+                                    const std::vector<std::string>& paths, const py::list& crc32s,
+                                    bool use_mmap, std::size_t max_open) {
+  if (names.size() != paths.size() || names.size() != crc32s.size()) {
+    throw std::invalid_argument("BoxReader: names, paths and crc32s are not of one length");
+  }
+  std::vector<tapct::StoreCase> cases;
+  for (std::size_t i = 0; i < names.size(); ++i) {
+    const std::string_view view = py::cast<py::bytes>(crc32s[i]);
+    if (view.empty() || max_open == 0) {
+      throw std::invalid_argument("BoxReader: crc32s must not be empty, max_open not zero");
     }
-    voxels *= size;
+    cases.push_back({names[i], paths[i], std::as_bytes(std::span(view.data(), view.size()))});
   }
-  Volume out({shape_zyx[0], shape_zyx[1], shape_zyx[2]});
-  const std::span<std::int16_t> span(out.mutable_data(), static_cast<std::size_t>(out.size()));
-  {
-    const py::gil_scoped_release release;
-    tapct::read_box(path, crc32s, lo_zyx, shape_zyx, span);
+  return std::make_unique<Reader>(
+      Reader{py::list(crc32s), std::make_unique<tapct::BoxReader>(
+                                   std::move(cases), tapct::BoxReaderOptions{use_mmap, max_open})});
+}
+
+using Indices = py::array_t<std::int64_t, py::array::c_style>;
+
+// `out` is int16, or uint16 for bfloat16 bits; then `zscore` is low, high, mean, std.
+void read_boxes(Reader& reader, const Indices& cases, const Indices& lo_Nzyx,
+                const tapct::Zyx& shape_zyx, py::array& out,
+                const std::optional<std::array<float, 4>>& zscore, std::size_t num_threads) {
+  if (cases.ndim() != 1 || lo_Nzyx.ndim() != 2 || lo_Nzyx.shape(1) != 3 || !out.writeable() ||
+      (out.flags() & py::array::c_style) == 0 ||
+      !(zscore ? py::isinstance<py::array_t<std::uint16_t>>(out)
+               : py::isinstance<py::array_t<std::int16_t>>(out))) {
+    throw std::invalid_argument("read_boxes: arrays of a wrong shape, type or layout");
   }
-  return out;
+  static_assert(sizeof(tapct::Zyx) == 3 * sizeof(std::int64_t));
+  const auto* lo = reinterpret_cast<const tapct::Zyx*>(lo_Nzyx.data());
+  tapct::BoxOutput output;
+  const auto size = static_cast<std::size_t>(out.size());
+  if (zscore) {
+    output.bf16 = {static_cast<std::uint16_t*>(out.mutable_data()), size};
+    output.zscore = {(*zscore)[0], (*zscore)[1], (*zscore)[2], (*zscore)[3]};
+  } else {
+    output.hu = {static_cast<std::int16_t*>(out.mutable_data()), size};
+  }
+  const std::span<const std::int64_t> indices(cases.data(), static_cast<std::size_t>(cases.size()));
+  const std::span<const tapct::Zyx> corners(lo, static_cast<std::size_t>(lo_Nzyx.shape(0)));
+  const py::gil_scoped_release release;
+  reader.boxes->read(indices, corners, shape_zyx, output, num_threads);
 }
 
 // A path, or a file's content: the buffer must outlive the source.
@@ -332,9 +378,8 @@ PYBIND11_MODULE(_native, m) {
   m.def("flip", &flip, py::arg("data_ZYX").noconvert(), py::arg("axes_zyx"));
   m.def("hu_stats", &hu_stats, py::arg("hu").noconvert(), py::arg("low"), py::arg("high"));
   m.def("write_b2nd", &write_b2nd, py::arg("path"), py::arg("data_ZYX").noconvert(),
+        py::arg("affine"), py::arg("spacing_mm"), py::arg("hu_range"), py::arg("source_sha256"),
         py::arg("codec"), py::arg("clevel"), py::arg("chunk_zyx"), py::arg("block_zyx"));
-  m.def("read_box", &read_box, py::arg("path"), py::arg("crc32s"), py::arg("lo_zyx"),
-        py::arg("shape_zyx"));
 
   using tapct::DicomScan;
   py::class_<DicomScan>(m, "DicomScan", py::metaclass(reinterpret_cast<PyObject*>(&PyType_Type)))
@@ -359,6 +404,12 @@ PYBIND11_MODULE(_native, m) {
         py::arg("threads"));
   define_hu_to_pixels<float>(m);
   define_hu_to_pixels<std::uint16_t>(m);  // the bits of bfloat16
+  py::class_<Reader>(m, "BoxReader", py::metaclass(reinterpret_cast<PyObject*>(&PyType_Type)))
+      .def(py::init(&make_reader), py::arg("names"), py::arg("paths"), py::arg("crc32s"),
+           py::arg("use_mmap"), py::arg("max_open"))
+      .def("read_boxes", &read_boxes, py::arg("cases").noconvert(), py::arg("lo_Nzyx").noconvert(),
+           py::arg("shape_zyx"), py::arg("out").noconvert(), py::arg("zscore"),
+           py::arg("num_threads"));
   m.def("inflate_backend", &tapct::inflate_backend);
   m.def("blosc2_version", &tapct::blosc2_version);
   m.def("cuda_devices", &tapct::cuda_devices, py::call_guard<py::gil_scoped_release>());

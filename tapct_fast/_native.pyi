@@ -96,14 +96,15 @@ def hu_stats(hu: npt.NDArray[np.int16], low: int, high: int) -> tuple[int, int, 
 def write_b2nd(
     path: str | bytes,
     data_ZYX: npt.NDArray[np.int16],
+    affine: Sequence[float],
+    spacing_mm: Sequence[float],
+    hu_range: Sequence[int],
+    source_sha256: bytes,
     codec: Literal["lz4hc", "zstd"],
     clevel: int,
     chunk_zyx: Sequence[int],
     block_zyx: Sequence[int],
 ) -> list[int]: ...
-def read_box(
-    path: str | bytes, crc32s: Sequence[int], lo_zyx: Sequence[int], shape_zyx: Sequence[int]
-) -> npt.NDArray[np.int16]: ...
 def hu_to_pixels(
     hu_ZYX: npt.NDArray[np.int16],
     out_ZYX: npt.NDArray[np.float32] | npt.NDArray[np.uint16],
@@ -115,6 +116,26 @@ def hu_to_pixels(
     std: float,
     num_threads: int,
 ) -> None: ...
+
+class BoxReader:
+    def __init__(
+        self,
+        names: Sequence[str],
+        paths: Sequence[str | bytes],
+        crc32s: list[bytes],
+        use_mmap: bool,
+        max_open: int,
+    ) -> None: ...
+    def read_boxes(
+        self,
+        cases: npt.NDArray[np.int64],
+        lo_Nzyx: npt.NDArray[np.int64],
+        shape_zyx: Sequence[int],
+        out: npt.NDArray[np.int16] | npt.NDArray[np.uint16],
+        zscore: Sequence[float] | None,
+        num_threads: int,
+    ) -> None: ...
+
 def inflate_backend() -> str: ...
 def blosc2_version() -> str: ...
 def cuda_devices() -> list[str]: ...

@@ -47,6 +47,8 @@ def _pack(args: argparse.Namespace) -> int:
         codec=args.codec,
         series=args.series,
         check_hu=args.check_hu,
+        policy=args.policy,
+        threads=args.threads,
         progress=True,
     )
     print(
@@ -235,6 +237,13 @@ def _parser() -> _Parser:
         action="store_false",
         help="accept values that do not look like HU",
     )
+    pack.add_argument(
+        "--policy",
+        choices=POLICIES,
+        default="error",
+        help="what to do about doubts and damage: refuse, keep doubtful scans, or also repair",
+    )
+    pack.add_argument("--threads", type=int, help="scans packed at once (default: all cores)")
     _add_series(pack)
     pack.set_defaults(run=_pack)
 

@@ -49,6 +49,8 @@ class CropConfig:
     """The box read from the store for one training sample; views are drawn inside it."""
 
     extent_mm_zyx: tuple[float, float, float] = (60.0, 360.0, 360.0)
+    # Boxes start only where blocks of the store do: faster to read, but no longer uniform.
+    snap_to_blocks: bool = False
 
     def __post_init__(self) -> None:
         _require(

@@ -5,8 +5,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from tapct_fast.errors import FormatError, InputError
+from tapct_fast.errors import FormatError, InputError, Policy
 from tapct_fast.io.atomic import write_atomic
+from tapct_fast.io.findings import code_of
 from tapct_fast.io.read import read_volume
 from tapct_fast.io.volume import Volume
 
@@ -19,18 +20,24 @@ class Refusal(NamedTuple):
     case: str
     field: str
     reason: str
+    code: str = "header"  # a reason code of io.findings
 
 
 def read_or_refuse(
-    scan: Path, case: str, *, series: str | None, check_hu: bool
+    scan: Path,
+    case: str,
+    *,
+    series: str | None,
+    check_hu: bool,
+    policy: Policy = "error",
 ) -> Volume | Refusal:
     """Read one scan of many, see ``read_volume``; what is wrong with it comes back as a value."""
     try:
-        return read_volume(scan, series=series, check_hu=check_hu)
+        return read_volume(scan, series=series, check_hu=check_hu, policy=policy)
     except FormatError as error:
-        return Refusal(case, error.field, error.reason)
+        return Refusal(case, error.field, error.reason, code_of(error))
     except InputError as error:
-        return Refusal(case, "input", str(error))
+        return Refusal(case, "input", str(error), "input")
 
 
 def write_quarantine(directory: Path, tried: Iterable[str], refused: Sequence[Refusal]) -> None:
@@ -49,4 +56,4 @@ def last_refusal(directory: Path) -> FormatError:
     """Return the newest entry as an error, for a run in which no input could be used."""
     line = (directory / QUARANTINE_FILE).read_text().splitlines()[-1]
     refusal = Refusal(**json.loads(line))
-    return FormatError(refusal.field, f"{refusal.reason} (no input could be used)")
+    return FormatError(refusal.field, f"{refusal.reason} (no input could be used)", refusal.code)

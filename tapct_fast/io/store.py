@@ -3,65 +3,56 @@
 Layout of a store folder::
 
     index.json          all cases, and the SHA-256 of itself
-    cases/<id>.b2nd     voxels in canonical LPS, HU clipped to [-1024, 3071]; plain Blosc2
+    cases/<id>.b2nd     voxels in canonical LPS, HU clipped to [-1024, 3071]; plain Blosc2, with
+                        geometry and checksums in the metalayer "tapct"
     cases/<id>.json     the case's record, with the SHA-256 of itself; written last, so that its
                         presence means "packed"
     quarantine.jsonl    inputs that could not be packed, with field and reason
+    .lock               held by the one pack that writes
     .key                random key behind the case ids; without it ids say nothing about paths
 
-Shape suffixes: Z Y X voxels.
+The format is specified byte by byte in docs/store.md. Shape suffixes: N boxes, Z Y X voxels.
 """
 
-import hashlib
-import json
+import contextlib
+import fcntl
 import os
-import typing
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
 from tapct_fast import _native
-from tapct_fast.errors import FormatError, InputError, StoreError
-from tapct_fast.io.atomic import atomic_file, read_json, write_json
+from tapct_fast.config import HuConfig
+from tapct_fast.errors import FormatError, InputError, Policy, StoreError
+from tapct_fast.io.atomic import atomic_file, read_json
 from tapct_fast.io.case_id import case_id, ensure_key, read_key
 from tapct_fast.io.quarantine import Refusal, read_or_refuse, write_quarantine
 from tapct_fast.io.read import find_scans
+from tapct_fast.io.source import SourceStamp, sha256_source, stamp_source
+from tapct_fast.io.store_index import (
+    CaseRecord,
+    Codec,
+    Zyx,
+    check_version,
+    read_sealed,
+    record_of,
+    versioned,
+    write_sealed,
+)
 from tapct_fast.io.volume import Volume
 
-STORE_FORMAT = "tapct-store"
-STORE_VERSION = 1
 HU_RANGE = (-1024, 3071)  # 12 bits: air to dense bone; scanners pad with values below
-CHUNK_ZYX = (16, 128, 128)  # voxels; what one checksum covers
+CHUNK_ZYX = (16, 128, 128)  # voxels; what one index entry covers
 BLOCK_ZYX = (4, 64, 64)  # voxels; 32 KiB, decoded alone
 CLEVEL = {"lz4hc": 5, "zstd": 3}
-
-Zyx = tuple[int, int, int]
-Codec = Literal["lz4hc", "zstd"]
-
-
-class CaseRecord(NamedTuple):
-    """One packed volume.
-
-    Attributes:
-        case: Id that reveals nothing about the source; ``locate`` finds the source again.
-        file: Path of the voxels inside the store folder.
-        shape_zyx: Voxels.
-        spacing_mm: z, y, x.
-        affine: 16 numbers, rows first; voxel (x, y, z, 1) to RAS+ mm.
-        crc32s: One per compressed chunk and one over the rest of the file.
-    """
-
-    case: str
-    file: str
-    shape_zyx: Zyx
-    spacing_mm: tuple[float, float, float]
-    affine: tuple[float, ...]
-    crc32s: tuple[int, ...]
+MAX_OPEN_FILES = 256  # per process; a limit of 1024 descriptors is common
 
 
 class PackReport(NamedTuple):
@@ -80,23 +71,36 @@ class Store:
     cases: tuple[CaseRecord, ...]
     codec: str
     fingerprint: str  # SHA-256 of the index: equal fingerprints hold equal voxels
+    mmap: bool = False
+    # One per process: a reader's locks do not survive a fork.
+    _readers: dict[int, _native.BoxReader] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @classmethod
-    def open(cls, directory: Path) -> "Store":
+    def open(cls, directory: Path, *, mmap: bool = False) -> "Store":
         """Read and verify the index.
+
+        Args:
+            directory: The store.
+            mmap: Map files instead of reading them: faster on a local disk, slower on NFS, and a
+                file that is cut short while it is read ends the process.
 
         Raises:
             StoreError: The folder is no store, or its index is damaged or of another version.
         """
         way_out = "make or rebuild it with 'tapct-fast pack'"
-        index = _read_sealed(directory / "index.json", "store index", way_out)
-        cases = tuple(_record(raw) for raw in index["cases"])
-        return cls(directory, cases, index["codec"], index["sha256"])
+        index = read_sealed(directory / "index.json", "store index", way_out)
+        cases = tuple(record_of(raw) for raw in index["cases"])
+        return cls(directory, cases, index["codec"], index["sha256"], mmap)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.directory, self.cases, self.codec, self.fingerprint, self.mmap)
 
     def read_box(
         self, case: int, lo_zyx: Sequence[int], shape_zyx: Sequence[int]
     ) -> npt.NDArray[np.int16]:
-        """Decode one box; every chunk it touches is verified.
+        """Decode one box; all bytes it is decoded from are verified.
 
         Args:
             case: Position in ``cases``.
@@ -109,22 +113,88 @@ class Store:
         Raises:
             StoreError: The box exceeds the volume, or the file is missing or damaged.
         """
-        record = self.cases[case]
-        if any(
-            lo < 0 or size < 1 or lo + size > whole
-            for lo, size, whole in zip(lo_zyx, shape_zyx, record.shape_zyx, strict=True)
-        ):
-            raise StoreError(
-                f"box at {tuple(lo_zyx)} of shape {tuple(shape_zyx)} exceeds {record.case} of "
-                f"shape {record.shape_zyx}; clip the box before read_box"
+        boxes_1ZYX = self.read_boxes([case], [list(lo_zyx)], shape_zyx, threads=1)
+        box_ZYX: npt.NDArray[np.int16] = boxes_1ZYX[0]
+        return box_ZYX
+
+    def read_boxes(
+        self,
+        cases: Sequence[int] | npt.NDArray[np.int64],
+        lo_Nzyx: Sequence[Sequence[int]] | npt.NDArray[np.int64],
+        shape_zyx: Sequence[int],
+        *,
+        out: npt.NDArray[Any] | None = None,
+        normalise: HuConfig | None = None,
+        threads: int | None = None,
+        snap: bool = False,
+    ) -> npt.NDArray[Any]:
+        """Decode a batch of boxes of one shape with several threads, without the GIL.
+
+        Args:
+            cases: Position in ``cases`` of every box.
+            lo_Nzyx: First voxel of every box.
+            shape_zyx: Voxels; every box must lie inside its volume.
+            out: Array to fill and return; a batch in new memory costs up to twice as much.
+            normalise: Clip and z-score so, and return bfloat16 instead of HU.
+            threads: Default: all cores this process may use.
+            snap: Move every box to the grid of blocks first, see ``snap_to_blocks``.
+
+        Returns:
+            (N, Z, Y, X): HU as int16, or with ``normalise`` the bits of bfloat16 as uint16, which
+            numpy lacks; ``data.boxes`` returns them as torch tensors.
+
+        Raises:
+            StoreError: A box exceeds its volume, or a file is missing or damaged; the message
+                names the case.
+        """
+        indices = np.ascontiguousarray(cases, dtype=np.int64)
+        corners = np.array(lo_Nzyx, dtype=np.int64, ndmin=2)
+        z, y, x = map(int, shape_zyx)
+        self._check_boxes(indices, corners, (z, y, x))
+        if snap:
+            for row, case in zip(corners, indices, strict=True):
+                row[:] = snap_to_blocks(row.tolist(), (z, y, x), self.cases[case].shape_zyx)
+        dtype = np.int16 if normalise is None else np.uint16
+        shape = (len(indices), z, y, x)
+        if out is None:
+            out = np.empty(shape, dtype=dtype)
+        elif out.shape != shape or out.dtype != dtype or not out.flags.c_contiguous:
+            raise InputError(
+                f"read_boxes: out is not {np.dtype(dtype)} of shape {shape} in C order"
             )
-        path = os.fsencode(self.directory / record.file)
-        try:
-            return _native.read_box(path, record.crc32s, lo_zyx, shape_zyx)
-        except OSError as error:
-            raise StoreError(f"{record.case}: {error.strerror}; {_repack(record.case)}") from None
-        except StoreError as error:
-            raise StoreError(f"{record.case}: {error}; {_repack(record.case)}") from None
+        zscore = None
+        if normalise is not None:
+            zscore = (*normalise.clip, normalise.mean, normalise.std)
+        threads = len(os.sched_getaffinity(0)) if threads is None else threads
+        self._reader().read_boxes(indices, corners, (z, y, x), out, zscore, max(threads, 1))
+        return out
+
+    def _check_boxes(
+        self, cases: npt.NDArray[np.int64], lo_Nzyx: npt.NDArray[np.int64], shape_zyx: Zyx
+    ) -> None:
+        for case, lo_zyx in zip(cases.tolist(), lo_Nzyx.tolist(), strict=True):
+            record = self.cases[case]
+            if any(
+                lo < 0 or size < 1 or lo + size > whole
+                for lo, size, whole in zip(lo_zyx, shape_zyx, record.shape_zyx, strict=True)
+            ):
+                raise StoreError(
+                    f"box at {tuple(lo_zyx)} of shape {shape_zyx} exceeds {record.case} of "
+                    f"shape {record.shape_zyx}; clip the box before read_box"
+                )
+
+    def _reader(self) -> _native.BoxReader:
+        pid = os.getpid()
+        if pid not in self._readers:
+            made = _native.BoxReader(
+                [record.case for record in self.cases],
+                [os.fsencode(self.directory / record.file) for record in self.cases],
+                [record.crc32s for record in self.cases],
+                self.mmap,
+                MAX_OPEN_FILES,
+            )
+            self._readers.setdefault(pid, made)  # two threads may come here at once
+        return self._readers[pid]
 
     def read_volume(self, case: int) -> Volume:
         """Decode a whole case.
@@ -145,8 +215,23 @@ class Store:
         Raises:
             StoreError: A file is missing or damaged; the message names the case.
         """
+        fresh = replace(self)  # its own reader: a file that is open has its header checked already
         for case in range(len(self.cases)):
-            self.read_volume(case)
+            fresh.read_volume(case)
+
+
+def snap_to_blocks(
+    lo_zyx: Sequence[int], shape_zyx: Sequence[int], whole_zyx: Sequence[int]
+) -> Zyx:
+    """Return the nearest corner on the grid of blocks from which the box lies inside the volume.
+
+    A box at a random place touches about 1.8 times as many blocks as one on the grid.
+    """
+    z, y, x = (
+        min((lo + block // 2) // block, (whole - size) // block) * block
+        for lo, size, whole, block in zip(lo_zyx, shape_zyx, whole_zyx, BLOCK_ZYX, strict=True)
+    )
+    return z, y, x
 
 
 def pack(
@@ -156,30 +241,43 @@ def pack(
     codec: Codec = "lz4hc",
     series: str | None = None,
     check_hu: bool = True,
+    policy: Policy = "error",
+    threads: int | None = None,
     progress: bool = False,
 ) -> PackReport:
-    """Pack scans into a store; run again, it packs only what is missing.
+    """Pack scans into a store; run again, it packs only what is missing or has changed.
 
     An input that cannot be read goes to ``quarantine.jsonl`` with its reason and is tried again in
-    the next run; the rest goes on.
+    the next run; the rest goes on. A source whose size or time has changed since is hashed, and
+    packed again where its content differs.
 
     Args:
         sources: Scan files, DICOM series folders, or folders searched recursively.
         directory: The store; made if it is missing.
         codec: ``lz4hc`` decodes fastest, ``zstd`` is about 15 % smaller.
         series: See ``read_volume``; for sources that are all DICOM folders.
-        check_hu: Refuse volumes whose values cannot be HU.
+        check_hu: Doubt volumes whose values cannot be HU.
+        policy: See ``read_volume``; what was found is kept in the case's record.
+        threads: Scans packed at once, each in about one volume of memory; default: all cores.
+            The store does not depend on it.
         progress: Show a progress bar on stderr.
 
     Raises:
         InputError: A source does not exist or holds no scan.
-        StoreError: The folder cannot be written, or holds a store of another version or codec.
+        StoreError: The folder cannot be written, is being written by another ``pack``, or holds a
+            store of another version or codec.
     """
     if codec not in CLEVEL:
         raise InputError(f"codec={codec!r} is not one of {', '.join(CLEVEL)}")
+    if threads is not None and threads < 1:
+        raise InputError(f"threads={threads} is not positive")
     scans = find_scans(sources)
+    threads = len(os.sched_getaffinity(0)) if threads is None else threads
+    job = _Job(directory, codec, series, check_hu, policy)
     try:
-        return _pack(scans, directory, codec, series, check_hu, progress)
+        (directory / "cases").mkdir(parents=True, exist_ok=True)
+        with _locked(directory):
+            return _pack(scans, job, threads, progress)
     except OSError as error:
         raise StoreError(
             f"the store cannot be written: {error.strerror}; free space or choose another folder"
@@ -203,41 +301,101 @@ def locate(
     raise InputError(f"none of these sources is {case}; name the folders that were given to pack")
 
 
-def _pack(
-    scans: Sequence[Path],
-    directory: Path,
-    codec: Codec,
-    series: str | None,
-    check_hu: bool,
-    progress: bool,
-) -> PackReport:
-    (directory / "cases").mkdir(parents=True, exist_ok=True)
-    _check_codec(directory, codec)
+class _Job(NamedTuple):
+    """What is the same for all scans of one ``pack``."""
+
+    directory: Path
+    codec: Codec
+    series: str | None
+    check_hu: bool
+    policy: Policy
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Hold the store's lock; the system releases it when the process ends, however it ends."""
+    with (directory / ".lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StoreError(
+                "another pack is writing this store; wait for its end or choose another folder"
+            ) from None
+        yield
+
+
+def _pack(scans: Sequence[Path], job: _Job, threads: int, progress: bool) -> PackReport:
+    directory = job.directory
+    _check_codec(directory, job.codec)
     key = ensure_key(directory)
-    packed = skipped = 0
-    refused: list[Refusal] = []
-    ids = {case_id(scan, key, series): scan for scan in scans}
-    for case, scan in tqdm(ids.items(), desc="pack", unit="scan", disable=not progress):
-        if _sidecar(directory, case).exists():
-            skipped += 1
-            continue
-        volume = read_or_refuse(scan, case, series=series, check_hu=check_hu)
-        if isinstance(volume, Refusal):
-            refused.append(volume)
-        else:
-            _write_case(directory, case, volume, codec)
-            packed += 1
+    for left_over in (directory / "cases").glob(".*.tmp"):
+        left_over.unlink()  # of a pack that was killed: the lock says that none is running
+    ids = {case_id(scan, key, job.series): scan for scan in scans}
+    results: list[Refusal | bool] = []
+    bar = tqdm(total=len(ids), desc="pack", unit="scan", disable=not progress)
+    with bar, ThreadPoolExecutor(threads, "pack") as pool:
+        pending: deque[Future[Refusal | bool]] = deque()
+        try:
+            for case, scan in ids.items():
+                pending.append(pool.submit(_pack_one, case, scan, job))
+                if len(pending) > 2 * threads:  # an archive of a million scans needs no queue
+                    results.append(pending.popleft().result())
+                    bar.update()
+            while pending:
+                results.append(pending.popleft().result())
+                bar.update()
+        finally:
+            pool.shutdown(cancel_futures=True)
+    refused = [result for result in results if isinstance(result, Refusal)]
     write_quarantine(directory, ids, refused)
-    _write_index(directory, codec)
-    return PackReport(packed, skipped, len(refused))
+    _write_index(directory, job.codec)
+    return PackReport(results.count(True), results.count(False), len(refused))
 
 
-def _write_case(directory: Path, case: str, volume: Volume, codec: Codec) -> None:
-    hu_ZYX = np.clip(volume.hu_ZYX, *HU_RANGE)
+def _pack_one(case: str, scan: Path, job: _Job) -> Refusal | bool:
+    """Pack one scan; return whether it had to be packed, or why it could not."""
+    sidecar = _sidecar(job.directory, case)
+    try:
+        stamp = stamp_source(scan)
+        known = _read_sidecar(sidecar) if sidecar.exists() else None
+        if known and known["source_stamp"] == stamp.times:
+            return False
+        digest = sha256_source(scan)
+    except OSError as error:
+        return Refusal(case, "input", f"cannot be read: {error.strerror}", "input")
+    if known and known["source_sha256"] == digest.hex():
+        write_sealed(sidecar, known | {"source_stamp": stamp.times})  # touched, not changed
+        return False
+    volume = read_or_refuse(scan, case, series=job.series, check_hu=job.check_hu, policy=job.policy)
+    if isinstance(volume, Refusal):
+        # Its earlier content is no longer what the source says.
+        sidecar.unlink(missing_ok=True)
+        return volume
+    if stamp_source(scan) != stamp:
+        return Refusal(case, "file", "changed while it was read; pack again", "integrity")
+    _write_case(job, case, volume, digest, stamp)
+    return True
+
+
+def _write_case(job: _Job, case: str, volume: Volume, digest: bytes, stamp: SourceStamp) -> None:
+    hu_ZYX = volume.hu_ZYX
+    hu_ZYX = np.clip(hu_ZYX, *HU_RANGE, out=hu_ZYX if hu_ZYX.flags.writeable else None)
+    affine = tuple(float(a) for a in volume.affine.ravel())
     file = f"cases/{case}.b2nd"
-    with atomic_file(directory / file) as temporary:
+    # Without its record a case counts as not packed: a kill between the two files is no harm.
+    _sidecar(job.directory, case).unlink(missing_ok=True)
+    with atomic_file(job.directory / file) as temporary:
         crc32s = _native.write_b2nd(
-            os.fsencode(temporary), hu_ZYX, codec, CLEVEL[codec], CHUNK_ZYX, BLOCK_ZYX
+            os.fsencode(temporary),
+            hu_ZYX,
+            affine,
+            volume.spacing_mm,
+            HU_RANGE,
+            digest,
+            job.codec,
+            CLEVEL[job.codec],
+            CHUNK_ZYX,
+            BLOCK_ZYX,
         )
     z, y, x = hu_ZYX.shape
     record = CaseRecord(
@@ -245,23 +403,27 @@ def _write_case(directory: Path, case: str, volume: Volume, codec: Codec) -> Non
         file=file,
         shape_zyx=(z, y, x),
         spacing_mm=volume.spacing_mm,
-        affine=tuple(float(a) for a in volume.affine.ravel()),
-        crc32s=tuple(crc32s),
+        affine=affine,
+        crc32s=np.array(crc32s, dtype=">u4").tobytes(),
+        source_sha256=digest.hex(),
+        source_bytes=stamp.num_bytes,
     )
-    _write_sealed(_sidecar(directory, case), _versioned(codec) | record._asdict())
+    report = volume.report.to_json() if volume.report else None
+    extra = {"source_stamp": stamp.times, "policy": job.policy, "report": report}
+    write_sealed(_sidecar(job.directory, case), versioned(job.codec) | record.to_json() | extra)
 
 
 def _write_index(directory: Path, codec: Codec) -> None:
     """List every packed case: those of this run and of earlier ones."""
     cases = []
     for sidecar in sorted((directory / "cases").glob("case-*.json")):
-        raw = _read_sealed(sidecar, f"record of {sidecar.stem}", _repack(sidecar.stem))
+        raw = _read_sidecar(sidecar)
         if raw["codec"] != codec:
             raise StoreError(
                 f"{sidecar.stem} is {raw['codec']}, not {codec}; {_repack(sidecar.stem)}"
             )
-        cases.append(_record(raw)._asdict())
-    _write_sealed(directory / "index.json", _versioned(codec) | {"cases": cases})
+        cases.append(record_of(raw).to_json())
+    write_sealed(directory / "index.json", versioned(codec) | {"cases": cases})
 
 
 def _check_codec(directory: Path, codec: Codec) -> None:
@@ -270,55 +432,13 @@ def _check_codec(directory: Path, codec: Codec) -> None:
         raw = read_json(directory / "index.json", "store index")
     except FormatError:
         return  # missing or damaged: it is rebuilt from the records of the cases
-    _check_version(raw)
+    check_version(raw)
     if raw.get("codec") != codec:
         raise StoreError(f"the store is packed as {raw.get('codec')}; use that or a new folder")
 
 
-def _versioned(codec: str) -> dict[str, Any]:
-    return {"format": STORE_FORMAT, "version": STORE_VERSION, "codec": codec}
-
-
-def _check_version(raw: Any) -> None:
-    if not isinstance(raw, dict) or raw.get("format") != STORE_FORMAT:
-        raise StoreError("this is not a tapct store; make one with 'tapct-fast pack'")
-    if raw.get("version") != STORE_VERSION:
-        raise StoreError(
-            f"written by store version {raw.get('version')}; this tapct_fast reads "
-            f"{STORE_VERSION}: pack again"
-        )
-
-
-def _sha256(content: dict[str, Any]) -> str:
-    """Hash an object in one canonical form, without its own hash."""
-    content = {key: value for key, value in content.items() if key != "sha256"}
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _write_sealed(path: Path, content: dict[str, Any]) -> None:
-    write_json(path, content | {"sha256": _sha256(content)})
-
-
-def _read_sealed(path: Path, kind: str, way_out: str) -> dict[str, Any]:
-    try:
-        raw = read_json(path, kind)
-    except FormatError as error:
-        raise StoreError(f"{error}; {way_out}") from None
-    _check_version(raw)
-    if raw.get("sha256") != _sha256(raw):
-        raise StoreError(f"{kind}: {path.name} is damaged; {way_out}")
-    return typing.cast(dict[str, Any], raw)
-
-
-def _record(raw: dict[str, Any]) -> CaseRecord:
-    z, y, x = raw["shape_zyx"]
-    sz, sy, sx = raw["spacing_mm"]
-    case, file = raw["case"], raw["file"]
-    if file != f"cases/{case}.b2nd" or "/" in case:
-        raise StoreError("a case record points outside its store; pack it again")
-    affine, crc32s = tuple(raw["affine"]), tuple(raw["crc32s"])
-    return CaseRecord(case, file, (z, y, x), (sz, sy, sx), affine, crc32s)
+def _read_sidecar(path: Path) -> dict[str, object]:
+    return read_sealed(path, f"record of {path.stem}", _repack(path.stem))
 
 
 def _repack(case: str) -> str:

@@ -10,7 +10,7 @@ CONFIG = CropConfig(extent_mm_zyx=(60.0, 200.0, 180.0))
 
 
 def case(shape_zyx: tuple[int, int, int], spacing_mm: tuple[float, float, float]) -> CaseRecord:
-    return CaseRecord("case-0", "cases/case-0.b2nd", shape_zyx, spacing_mm, (0.0,) * 16, ())
+    return CaseRecord("case-0", "cases/case-0.b2nd", shape_zyx, spacing_mm, (0.0,) * 16, b"")
 
 
 CASES = [

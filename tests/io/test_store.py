@@ -9,19 +9,37 @@ import json
 import pickle
 import shutil
 import stat
+import subprocess
+import sys
+import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import blosc2
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 
 from tapct_fast import _native
+from tapct_fast.config import HuConfig
+from tapct_fast.data.boxes import BoxBatch
 from tapct_fast.errors import InputError, StoreError
 from tapct_fast.io.nifti import write_nifti
 from tapct_fast.io.read import read_volume
-from tapct_fast.io.store import HU_RANGE, CaseRecord, PackReport, Store, locate, pack
+from tapct_fast.io.store import (
+    BLOCK_ZYX,
+    HU_RANGE,
+    PackReport,
+    Store,
+    _locked,
+    locate,
+    pack,
+    snap_to_blocks,
+)
+from tapct_fast.io.store_index import CaseRecord
 
 AFFINE = np.diag([-0.8, -0.7, 2.5, 1.0])
 SHAPE_ZYX = (19, 150, 140)  # two chunks per axis, both ragged
@@ -178,7 +196,7 @@ def test_200_flipped_bits_and_64_truncations_of_a_volume_are_detected(store_copy
     for bit in map(int, bits):
         _overwrite(path, bit // 8, bytes([whole[bit // 8] ^ 1 << bit % 8]))
         with pytest.raises(StoreError, match=r"case-.*damaged.*pack again"):
-            store.read_volume(0)
+            dataclasses.replace(store).read_volume(0)
         _overwrite(path, bit // 8, whole[bit // 8 : bit // 8 + 1])
     store.verify()
     for size in sorted(np.linspace(0, len(whole) - 1, 64).astype(int).tolist(), reverse=True):
@@ -234,8 +252,8 @@ def test_a_store_of_another_version_or_codec_is_refused(store_copy: Path, source
     with pytest.raises(StoreError, match="packed as lz4hc"):
         pack([sources], store_copy, codec="zstd")
     index = json.loads((store_copy / "index.json").read_text())
-    (store_copy / "index.json").write_text(json.dumps(index | {"version": 2}))
-    message = "written by store version 2; this tapct_fast reads 1: pack again"
+    (store_copy / "index.json").write_text(json.dumps(index | {"version": 1}))
+    message = "written by store version 1; this tapct_fast reads 2: pack again"
     with pytest.raises(StoreError, match=message):
         Store.open(store_copy)
     with pytest.raises(StoreError, match=message):
@@ -276,16 +294,184 @@ def test_a_crafted_record_cannot_point_outside_its_store(store_copy: Path) -> No
         Store.open(store_copy)
 
 
-def test_native_arguments_are_checked(tmp_path: Path) -> None:
+def test_native_arguments_are_checked(packed: Path, tmp_path: Path) -> None:
     path = str(tmp_path / "v.b2nd")
-    box = ((16, 128, 128), (4, 64, 64))
+    meta = ((0.0,) * 16, (1.0, 1.0, 1.0), HU_RANGE)
+    box = ("lz4hc", 5, (16, 128, 128), (4, 64, 64))
     for array in (np.zeros((2, 2, 2)), np.zeros((4, 4, 4), np.int16)[:, ::2]):
         with pytest.raises(TypeError):
-            _native.write_b2nd(path, array, "lz4hc", 5, *box)  # type: ignore[arg-type]
+            _native.write_b2nd(path, array, *meta, bytes(32), *box)  # type: ignore
     with pytest.raises(ValueError, match="three axes"):
-        _native.write_b2nd(path, np.zeros((2, 2), np.int16), "lz4hc", 5, *box)
+        _native.write_b2nd(path, np.zeros((2, 2), np.int16), *meta, bytes(32), *box)  # type: ignore
+    with pytest.raises(ValueError, match="32 bytes"):
+        _native.write_b2nd(path, np.zeros((2, 2, 2), np.int16), *meta, b"", *box)  # type: ignore
+    store = Store.open(packed)
+    with pytest.raises(InputError, match="out is not int16"):
+        store.read_boxes([0], [[0, 0, 0]], (1, 1, 1), out=np.empty((1, 1, 1, 2), np.int16))
+    reader = store._reader()
+    one = np.zeros(1, np.int64)
+    big = (1 << 40, 1 << 40, 1)
     with pytest.raises(ValueError, match="positive"):
-        _native.read_box(path, [0], (0, 0, 0), (1 << 40, 1 << 40, 1))
+        reader.read_boxes(one, np.zeros((1, 3), np.int64), big, np.empty(1, np.int16), None, 1)
+    with pytest.raises(ValueError, match="no case 7"):
+        reader.read_boxes(
+            one + 7, np.zeros((1, 3), np.int64), (1, 1, 1), np.empty(1, np.int16), None, 1
+        )
+    with pytest.raises(ValueError, match="wrong shape"):
+        reader.read_boxes(
+            one, np.zeros((1, 3), np.int64), (1, 1, 1), np.empty(1, np.uint16), None, 1
+        )
+
+
+def test_the_file_alone_says_where_the_volume_lies_and_what_it_was(
+    packed: Path, sources: Path
+) -> None:
+    store = Store.open(packed)
+    for record in store.cases:
+        array = blosc2.open(str(packed / record.file), mode="r")
+        meta = array.schunk.meta["tapct"]
+        assert meta["version"] == 2
+        assert tuple(meta["affine"]) == record.affine
+        assert tuple(meta["spacing_mm"]) == record.spacing_mm
+        assert tuple(meta["hu_range"]) == HU_RANGE
+        source = locate(packed, record.case, [sources]).read_bytes()
+        assert meta["source_sha256"].hex() == record.source_sha256
+        assert record.source_sha256 == hashlib.sha256(source).hexdigest()
+        assert record.source_bytes == len(source)
+        crc32s = b"".join(
+            zlib.crc32(array.schunk.get_chunk(i)).to_bytes(4, "big")
+            for i in range(array.schunk.nchunks)
+        )
+        assert meta["chunk_crc32"] == crc32s == record.crc32s[:-4]
+        assert meta["file_crc32"].to_bytes(4, "big") == record.crc32s[-4:]
+
+
+def test_the_documents_own_lines_verify_a_file_and_find_damage(store_copy: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "store.md").read_text()
+    names: dict[str, Any] = {}
+    exec(text.split("```python")[1].split("```")[0], names)
+    path = store_copy / Store.open(store_copy).cases[0].file
+    names["verify"](str(path))
+    data = path.read_bytes()
+    for offset in (30, 300, len(data) // 2, len(data) - 20):
+        _overwrite(path, offset, bytes([data[offset] ^ 16]))
+        with pytest.raises((AssertionError, RuntimeError, ValueError)):
+            names["verify"](str(path))
+        _overwrite(path, offset, data[offset : offset + 1])
+
+
+@pytest.mark.parametrize("mmap", [False, True])
+def test_a_batch_equals_its_boxes_raw_and_normalised(packed: Path, mmap: bool) -> None:
+    store = Store.open(packed, mmap=mmap)
+    rng = np.random.default_rng(1)
+    shape_zyx = (7, 70, 90)
+    cases = rng.integers(0, 2, 24)
+    lo = rng.integers(0, np.array(SHAPE_ZYX) - shape_zyx + 1, (24, 3))
+    volumes = [store.read_volume(case).hu_ZYX for case in range(2)]
+    expected = np.stack(
+        [
+            volumes[c][z : z + 7, y : y + 70, x : x + 90]
+            for c, (z, y, x) in zip(cases, lo, strict=True)
+        ]
+    )
+    for threads in (1, 4):
+        np.testing.assert_array_equal(
+            store.read_boxes(cases, lo, shape_zyx, threads=threads), expected
+        )
+    hu = HuConfig()
+    clipped = torch.from_numpy(expected).float().clamp(*hu.clip)
+    reference = ((clipped - hu.mean) / hu.std).bfloat16()
+    batch = BoxBatch(store, 24, shape_zyx, normalise=hu, threads=2)
+    assert torch.equal(batch.read(cases.tolist(), lo.tolist()), reference)
+    assert batch.read(cases.tolist(), lo.tolist()).data_ptr() == batch._boxes_BZYX.data_ptr()
+    snapped = np.array([snap_to_blocks(row, shape_zyx, SHAPE_ZYX) for row in lo.tolist()])
+    assert (snapped % BLOCK_ZYX == 0).all()
+    assert (snapped + shape_zyx <= SHAPE_ZYX).all()
+    np.testing.assert_array_equal(
+        store.read_boxes(cases, lo, shape_zyx, snap=True),
+        store.read_boxes(cases, snapped, shape_zyx),
+    )
+
+
+def test_a_damaged_case_of_a_batch_is_named_and_an_open_file_stays_checked(
+    store_copy: Path,
+) -> None:
+    store = Store.open(store_copy)
+    lo = np.zeros((8, 3), np.int64)
+    whole = store.read_boxes([0, 1] * 4, lo, (8, 64, 64))
+    path = store_copy / store.cases[1].file
+    data = path.read_bytes()
+    start = int.from_bytes(data[11:15], "big") + 200  # in a block of the first chunk
+    _overwrite(path, start, bytes([data[start] ^ 1]))
+    with pytest.raises(StoreError, match=rf"{store.cases[1].case}: chunk 0 is damaged"):
+        store.read_boxes([0, 1] * 4, lo, (8, 64, 64), threads=3)
+    _overwrite(path, start, data[start : start + 1])
+    np.testing.assert_array_equal(store.read_boxes([0, 1] * 4, lo, (8, 64, 64)), whole)
+    with path.open("r+b") as file:
+        file.truncate(start)
+    with pytest.raises(StoreError, match="damaged"):
+        store.read_boxes([1], lo[:1], (8, 64, 64))
+
+
+def test_the_store_does_not_depend_on_threads_and_a_changed_source_is_packed_again(
+    sources: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(sources, tmp_path / "in"))
+    prints = []
+    for threads in (1, 3):
+        directory = tmp_path / f"s{threads}"
+        directory.mkdir()
+        (directory / ".key").write_bytes(bytes(range(32)))
+        pack([folder], directory, threads=threads)
+        prints.append(Store.open(directory).fingerprint)
+    assert prints[0] == prints[1]
+    path = folder / "DOE^JOHN_0.nii"
+    path.touch()  # another time, the same content
+    assert pack([folder], directory) == PackReport(packed=0, skipped=2, quarantined=0)
+    assert Store.open(directory).fingerprint == prints[0]
+    old = Store.open(directory)
+    write_nifti(path, scan(9), AFFINE)
+    assert pack([folder], directory) == PackReport(packed=1, skipped=1, quarantined=0)
+    store = Store.open(directory)
+    [case] = [i for i, r in enumerate(store.cases) if locate(directory, r.case, [folder]) == path]
+    np.testing.assert_array_equal(
+        store.read_volume(case).hu_ZYX, np.clip(read_volume(path).hu_ZYX, *HU_RANGE)
+    )
+    with pytest.raises(StoreError, match="not the one in the index"):
+        old.read_volume(case)
+
+
+def test_a_pack_killed_at_any_time_is_finished_by_the_next(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for seed in range(6):
+        write_nifti(folder / f"{seed}.nii", scan(seed), AFFINE)
+    fingerprints = []
+    for name, num_kills in (("whole", 0), ("killed", 4)):
+        directory = tmp_path / name
+        directory.mkdir()
+        (directory / ".key").write_bytes(bytes(range(32)))
+        for kill in range(num_kills):
+            code = "import sys, pathlib as p, tapct_fast.io.store as s; print(flush=True); "
+            code += "s.pack([p.Path(sys.argv[1])], p.Path(sys.argv[2]))"
+            command = [sys.executable, "-c", code, str(folder), str(directory)]
+            with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+                assert process.stdout is not None
+                process.stdout.readline()  # the imports are done
+                time.sleep(0.03 + 0.06 * kill)
+                process.kill()
+        report = pack([folder], directory)
+        assert report.packed + report.skipped == 6
+        Store.open(directory).verify()
+        fingerprints.append(Store.open(directory).fingerprint)
+        assert not list((directory / "cases").glob(".*"))
+    assert fingerprints[0] == fingerprints[1]
+
+
+def test_a_second_pack_into_one_folder_is_refused(sources: Path, tmp_path: Path) -> None:
+    with _locked(tmp_path), pytest.raises(StoreError, match="another pack is writing"):
+        pack([sources], tmp_path)
+    assert pack([sources], tmp_path).packed == 2
 
 
 def test_real_scans_pack_and_read_back(real_ct: Path, tmp_path: Path) -> None:

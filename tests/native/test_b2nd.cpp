@@ -1,11 +1,11 @@
 #include <algorithm>
 #include <stdexcept>
 #include <system_error>
-#include <thread>
 
 #include "check.hpp"
 #include "samples.hpp"
 #include "tapct/b2nd.hpp"
+#include "tapct/box_reader.hpp"
 #include "tapct/error.hpp"
 
 namespace {
@@ -26,10 +26,27 @@ tapct::B2ndOptions small() {
   return options;
 }
 
+std::vector<std::uint32_t> write(const std::string& path, const std::vector<std::int16_t>& data,
+                                 const Zyx& shape, const tapct::B2ndOptions& options) {
+  return tapct::write_b2nd(path, data, shape, {}, options);
+}
+
+samples::Bytes big_endian(const std::vector<std::uint32_t>& values) {
+  samples::Bytes out(4 * values.size());
+  for (std::size_t i = 0; i < values.size(); ++i) {
+    samples::put(out, 4 * i, values[i], true);
+  }
+  return out;
+}
+
 std::vector<std::int16_t> read(const std::string& path, const std::vector<std::uint32_t>& crc32s,
                                const Zyx& lo, const Zyx& shape) {
-  std::vector<std::int16_t> out(static_cast<std::size_t>(shape[0] * shape[1] * shape[2]));
-  tapct::read_box(path, crc32s, lo, shape, out);
+  const samples::Bytes expected = big_endian(crc32s);
+  tapct::BoxReader reader({{"case-1", path, expected}}, {});
+  std::vector<std::int16_t> out(
+      static_cast<std::size_t>(std::max(shape[0] * shape[1] * shape[2], std::int64_t{1})));
+  const std::int64_t index = 0;
+  reader.read(std::span(&index, 1), std::span(&lo, 1), shape, {.hu = out}, 1);
   return out;
 }
 
@@ -54,7 +71,7 @@ TEST(any_box_reads_back_from_either_codec) {
     tapct::B2ndOptions options = small();
     options.codec = codec;
     const std::string path = folder.at(codec);
-    const auto crc32s = tapct::write_b2nd(path, data, volume_zyx, options);
+    const auto crc32s = write(path, data, volume_zyx, options);
     CHECK(crc32s.size() == 3 * 3 * 2 + 1);
     CHECK(read(path, crc32s, {0, 0, 0}, volume_zyx) == data);
     std::mt19937 random(3);
@@ -74,7 +91,7 @@ TEST(any_box_reads_back_from_either_codec) {
 TEST(a_volume_smaller_than_a_chunk_reads_back) {
   const samples::Folder folder;
   const auto data = samples::voxels(3 * 5 * 7);
-  const auto crc32s = tapct::write_b2nd(folder.at("tiny"), data, {3, 5, 7}, {});
+  const auto crc32s = write(folder.at("tiny"), data, {3, 5, 7}, {});
   CHECK(read(folder.at("tiny"), crc32s, {0, 0, 0}, {3, 5, 7}) == data);
 }
 
@@ -84,7 +101,7 @@ TEST(constant_volumes_read_back) {
        {std::int16_t{0}, std::int16_t{-1024}}) {  // 0: such chunks have no bytes in the file
     const std::vector<std::int16_t> data(volume().size(), hu);
     const std::string path = folder.at(std::to_string(hu));
-    const auto crc32s = tapct::write_b2nd(path, data, volume_zyx, small());
+    const auto crc32s = write(path, data, volume_zyx, small());
     CHECK(read(path, crc32s, {0, 0, 0}, volume_zyx) == data);
     CHECK(read(path, crc32s, {3, 9, 30}, {9, 40, 15}) == cut(data, {3, 9, 30}, {9, 40, 15}));
   }
@@ -93,22 +110,19 @@ TEST(constant_volumes_read_back) {
 TEST(writing_is_deterministic) {
   const samples::Folder folder;
   const auto data = volume();
-  CHECK(tapct::write_b2nd(folder.at("a"), data, volume_zyx, small()) ==
-        tapct::write_b2nd(folder.at("b"), data, volume_zyx, small()));
+  CHECK(write(folder.at("a"), data, volume_zyx, small()) ==
+        write(folder.at("b"), data, volume_zyx, small()));
   CHECK(samples::read(folder.at("a")) == samples::read(folder.at("b")));
 }
 
 TEST(boxes_outside_the_volume_are_errors) {
   const samples::Folder folder;
   const std::string path = folder.at("v");
-  const auto crc32s = tapct::write_b2nd(path, volume(), volume_zyx, small());
+  const auto crc32s = write(path, volume(), volume_zyx, small());
   CHECK_THROWS(StoreError, "exceeds", read(path, crc32s, {-1, 0, 0}, {1, 1, 1}));
   CHECK_THROWS(StoreError, "exceeds", read(path, crc32s, {21, 0, 0}, {1, 1, 1}));
   CHECK_THROWS(StoreError, "exceeds", read(path, crc32s, {0, 1, 0}, {1, 70, 1}));
-  CHECK_THROWS(StoreError, "exceeds", read(path, crc32s, {0, 0, 0}, {1, 0, 1}));
-  std::vector<std::int16_t> wrong_size(5);
-  CHECK_THROWS(std::invalid_argument, "size",
-               tapct::read_box(path, crc32s, {0, 0, 0}, {1, 1, 4}, wrong_size));
+  CHECK_THROWS(std::invalid_argument, "positive", read(path, crc32s, {0, 0, 0}, {1, 0, 1}));
 }
 
 TEST(options_out_of_range_are_errors) {
@@ -116,7 +130,7 @@ TEST(options_out_of_range_are_errors) {
   const auto attempt = [&](auto change) {
     tapct::B2ndOptions options = small();
     change(options);
-    tapct::write_b2nd(folder.at("o"), volume(), volume_zyx, options);
+    write(folder.at("o"), volume(), volume_zyx, options);
   };
   CHECK_THROWS(std::invalid_argument, "codec", attempt([](auto& o) { o.codec = "zfp"; }));
   CHECK_THROWS(std::invalid_argument, "clevel", attempt([](auto& o) { o.clevel = 10; }));
@@ -125,9 +139,9 @@ TEST(options_out_of_range_are_errors) {
   CHECK_THROWS(std::invalid_argument, "1 GiB",
                attempt([](auto& o) { o.chunk_zyx = {65536, 65536, 65536}; }));
   CHECK_THROWS(std::invalid_argument, "shape",
-               tapct::write_b2nd(folder.at("o"), samples::voxels(5), {1, 2, 3}, {}));
+               write(folder.at("o"), samples::voxels(5), {1, 2, 3}, {}));
   CHECK_THROWS(std::system_error, "create",
-               tapct::write_b2nd(folder.at("no/such/folder"), volume(), volume_zyx, small()));
+               write(folder.at("no/such/folder"), volume(), volume_zyx, small()));
 }
 
 TEST(every_flipped_bit_and_every_truncation_is_an_error) {
@@ -137,7 +151,7 @@ TEST(every_flipped_bit_and_every_truncation_is_an_error) {
   tapct::B2ndOptions options;
   options.chunk_zyx = {2, 8, 10};
   options.block_zyx = {1, 8, 10};
-  const auto crc32s = tapct::write_b2nd(folder.at("v"), data, shape, options);
+  const auto crc32s = write(folder.at("v"), data, shape, options);
   const samples::Bytes whole = samples::read(folder.at("v"));
   for (std::size_t bit = 0; bit < whole.size() * 8; ++bit) {
     const std::string path = folder.write("flipped", samples::flipped(whole, bit));
@@ -154,36 +168,43 @@ TEST(every_flipped_bit_and_every_truncation_is_an_error) {
 TEST(checksums_of_another_file_are_errors) {
   const samples::Folder folder;
   const auto data = volume();
-  const auto crc32s = tapct::write_b2nd(folder.at("a"), data, volume_zyx, small());
+  const auto crc32s = write(folder.at("a"), data, volume_zyx, small());
   auto other = crc32s;
   other[0] ^= 1;
-  CHECK_THROWS(StoreError, "chunk 0", read(folder.at("a"), other, {0, 0, 0}, {1, 1, 1}));
-  CHECK(read(folder.at("a"), other, {20, 69, 44}, {1, 1, 1}).at(0) == data.back());
+  CHECK_THROWS(StoreError, "index", read(folder.at("a"), other, {0, 0, 0}, {1, 1, 1}));
+  CHECK(read(folder.at("a"), {}, {20, 69, 44}, {1, 1, 1}).at(0) == data.back());
   other = crc32s;
   other.erase(other.begin());
-  CHECK_THROWS(StoreError, "checksums", read(folder.at("a"), other, {0, 0, 0}, {1, 1, 1}));
-  CHECK_THROWS(StoreError, "header", read(folder.at("a"), {}, {0, 0, 0}, {1, 1, 1}));
-  CHECK_THROWS(std::system_error, "", read(folder.at("none"), crc32s, {0, 0, 0}, {1, 1, 1}));
+  CHECK_THROWS(StoreError, "index", read(folder.at("a"), other, {0, 0, 0}, {1, 1, 1}));
+  CHECK_THROWS(StoreError, "No such file", read(folder.at("none"), crc32s, {0, 0, 0}, {1, 1, 1}));
 }
 
-TEST(threads_read_one_file_at_once) {
+TEST(eight_threads_read_batches_of_one_reader) {
   const samples::Folder folder;
   const auto data = volume();
-  const std::string path = folder.at("v");
-  const auto crc32s = tapct::write_b2nd(path, data, volume_zyx, small());
-  std::array<int, 4> num_right{};
-  std::vector<std::thread> threads;
-  for (int& right : num_right) {
-    threads.emplace_back([&] {
-      for (std::int64_t z = 0; z < volume_zyx[0]; ++z) {
-        const Zyx lo{z, 0, 0};
-        const Zyx shape{1, volume_zyx[1], volume_zyx[2]};
-        right += read(path, crc32s, lo, shape) == cut(data, lo, shape) ? 1 : 0;
-      }
-    });
+  std::vector<tapct::StoreCase> files;
+  for (const char* name : {"a", "b", "c"}) {
+    write(folder.at(name), data, volume_zyx, small());
+    files.push_back({name, folder.at(name), {}});
   }
-  for (std::thread& thread : threads) {
-    thread.join();
+  tapct::BoxReader reader(files, {.max_open = 2});  // files are closed while others are read
+  const Zyx shape{5, 40, 20};
+  const std::size_t voxels = 5 * 40 * 20;
+  std::mt19937 random(4);
+  std::vector<std::int64_t> cases;
+  std::vector<Zyx> corners;
+  for (std::int64_t i = 0; i < 64; ++i) {
+    cases.push_back(i % 3);
+    corners.push_back({static_cast<std::int64_t>(random() % 17),
+                       static_cast<std::int64_t>(random() % 31),
+                       static_cast<std::int64_t>(random() % 26)});
   }
-  CHECK(std::all_of(num_right.begin(), num_right.end(), [](int n) { return n == volume_zyx[0]; }));
+  for (int round = 0; round < 3; ++round) {
+    std::vector<std::int16_t> out(64 * voxels);
+    reader.read(cases, corners, shape, {.hu = out}, 8);
+    for (std::size_t i = 0; i < 64; ++i) {
+      const auto expected = cut(data, corners[i], shape);
+      CHECK(std::equal(expected.begin(), expected.end(), out.data() + i * voxels));
+    }
+  }
 }

@@ -2,15 +2,14 @@
 // of 100 flipped bits in an LZ4 file came back as wrong voxels.
 #pragma once
 
-#include <array>
 #include <cstdint>
 #include <span>
 #include <string>
 #include <vector>
 
-namespace tapct {
+#include "tapct/frame.hpp"
 
-using Zyx = std::array<std::int64_t, 3>;
+namespace tapct {
 
 struct B2ndOptions {
   std::string codec = "lz4hc";  // or "zstd"
@@ -26,12 +25,7 @@ std::string blosc2_version();
 // Throws StoreError; std::system_error where the file exists or cannot be created;
 // std::invalid_argument for options out of range.
 std::vector<std::uint32_t> write_b2nd(const std::string& path, std::span<const std::int16_t> data,
-                                      const Zyx& shape_zyx, const B2ndOptions& options);
-
-// Decodes one box into `out` (z slowest), only from the blocks it touches. Every chunk read and all
-// bytes outside the chunks must match `crc32s`. Safe to call from many threads.
-// Throws StoreError; std::system_error where the file cannot be read.
-void read_box(const std::string& path, std::span<const std::uint32_t> crc32s, const Zyx& lo_zyx,
-              const Zyx& shape_zyx, std::span<std::int16_t> out);
+                                      const Zyx& shape_zyx, const VolumeMeta& meta,
+                                      const B2ndOptions& options);
 
 }  // namespace tapct

@@ -16,6 +16,7 @@ class File {
   File& operator=(const File&) = delete;
 
   std::uint64_t size() const noexcept { return size_; }
+  int descriptor() const noexcept { return descriptor_; }
 
   // Fills `out` from `offset` on and returns how many bytes there were; fewer only at the file's
   // end.
