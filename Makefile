@@ -5,16 +5,17 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 CT ?=
 OUT ?= .demo
-CPP := $(wildcard csrc/*.cpp csrc/*.hpp csrc/include/tapct/*.hpp csrc/gpu/*.cpp csrc/gpu/*.cu tests/native/*.cpp)
+CPP := $(wildcard csrc/*.cpp csrc/*.hpp csrc/include/tapct/*.hpp csrc/gpu/*.cpp csrc/gpu/*.cu \
+  tests/native/*.cpp tests/native/*.hpp tests/fuzz/*.cpp)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test setup dev lint types contracts native pytest format clean
+.PHONY: demo test setup dev lint types contracts native wheel pytest fuzz format clean
 
 demo: setup
 	$(BIN)/tapct-fast demo --out $(OUT) $(if $(CT),--ct $(CT))
 
 # Cheap checks first; each is a target of its own.
-test: lint types contracts native pytest
+test: lint types contracts native wheel pytest
 
 # What a build without isolation needs comes first.
 $(VENV)/.base: constraints.txt
@@ -47,6 +48,22 @@ native: dev
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/native -G Ninja -DTAPCT_BUILD_TESTS=ON -DTAPCT_WERROR=ON -DTAPCT_CUDA=OFF -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python
 	$(BIN)/cmake --build build/native
 	$(BIN)/ctest --test-dir build/native --output-on-failure
+
+# The wheel, used from an empty folder; -S leaves out the editable install's hook.
+wheel: dev
+	rm -rf build/wheel && mkdir -p build/wheel/empty
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w build/wheel .
+	$(BIN)/python -m pip install -q --no-deps --target build/wheel/site build/wheel/*.whl
+	cd build/wheel/empty && $(CURDIR)/$(BIN)/python -S $(CURDIR)/tests/use_wheel.py $(CURDIR)/build/wheel/site $$($(CURDIR)/$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+
+# Ten minutes for each native parser, with AddressSanitizer and UBSan; needs clang.
+FUZZ_SECONDS ?= 600
+fuzz: dev
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/fuzz -G Ninja -DCMAKE_C_COMPILER=clang -DCMAKE_CXX_COMPILER=clang++ -DCMAKE_BUILD_TYPE=RelWithDebInfo -DTAPCT_BUILD_FUZZERS=ON -DTAPCT_CUDA=OFF -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python
+	$(BIN)/cmake --build build/fuzz
+	$(BIN)/python tests/fuzz/seeds.py build/fuzz/corpus
+	set -e; for name in dicom gzip nifti b2nd; do \
+	  build/fuzz/fuzz_$$name -max_total_time=$(FUZZ_SECONDS) -max_len=8192 -timeout=10 -rss_limit_mb=4096 build/fuzz/corpus/$$name; done
 
 pytest: dev
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest

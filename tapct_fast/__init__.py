@@ -25,18 +25,24 @@ if TYPE_CHECKING:
         to_nibabel,
         to_simpleitk,
     )
-    from tapct_fast.io.read import read_labels, read_volume
+    from tapct_fast.io.findings import Finding, Report
+    from tapct_fast.io.read import check_series, check_volume, read_labels, read_volume
     from tapct_fast.io.store import Store, pack
+    from tapct_fast.io.verify import verify
     from tapct_fast.io.volume import Volume
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "Config": "config",
+    "Finding": "io.findings",
     "LoadedScans": "backbone.load_scans",
+    "Report": "io.findings",
     "Store": "io.store",
     "TapctError": "errors",
     "Volume": "io.volume",
+    "check_series": "io.read",
+    "check_volume": "io.read",
     "embed_scans": "downstream.embed",
     "embed_volume": "downstream.embed",
     "export_backbone": "backbone.export",
@@ -55,14 +61,19 @@ _HOMES = {
     "to_monai": "io.convert",
     "to_nibabel": "io.convert",
     "to_simpleitk": "io.convert",
+    "verify": "io.verify",
 }
 
 __all__ = [
     "Config",
+    "Finding",
     "LoadedScans",
+    "Report",
     "Store",
     "TapctError",
     "Volume",
+    "check_series",
+    "check_volume",
     "embed_scans",
     "embed_volume",
     "export_backbone",
@@ -81,6 +92,7 @@ __all__ = [
     "to_monai",
     "to_nibabel",
     "to_simpleitk",
+    "verify",
 ]
 
 
