@@ -1,0 +1,63 @@
+"""Crops that start on the store's grid of blocks, and the boxes they name."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from tapct_fast.config import CropConfig, HuConfig
+from tapct_fast.data.boxes import BoxBatch
+from tapct_fast.data.crops import crop_at
+from tapct_fast.io.nifti import write_nifti
+from tapct_fast.io.store import BLOCK_ZYX, Store, pack, snap_to_blocks
+
+SHAPE_ZYX = (21, 150, 200)
+CROPS = CropConfig(extent_mm_zyx=(25.0, 49.0, 56.0))  # 10 x 70 x 70 voxels
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    folder = tmp_path_factory.mktemp("boxes")
+    hu_ZYX = np.random.default_rng(0).integers(-1000, 1000, SHAPE_ZYX).astype(np.int16)
+    write_nifti(folder / "scan.nii", hu_ZYX, np.diag([-0.8, -0.7, 2.5, 1.0]))
+    pack([folder / "scan.nii"], folder / "store")
+    return Store.open(folder / "store")
+
+
+def test_snapped_crops_are_the_nearest_on_the_grid_and_no_other_thing_changes(store: Store) -> None:
+    snapping = dataclasses.replace(CROPS, snap_to_blocks=True)
+    corners = set()
+    for index in range(200):
+        free = crop_at(store.cases, CROPS, seed=3, index=index)
+        snapped = crop_at(store.cases, snapping, seed=3, index=index)
+        assert (snapped.case, snapped.shape_zyx) == (free.case, free.shape_zyx) == (0, (10, 70, 70))
+        axes = zip(snapped.lo_zyx, free.lo_zyx, free.shape_zyx, SHAPE_ZYX, BLOCK_ZYX, strict=True)
+        for lo, drawn, size, whole, block in axes:
+            on_grid = np.arange(0, whole - size + 1, block)
+            assert lo in on_grid
+            assert abs(lo - drawn) == np.abs(on_grid - drawn).min()
+        corners.add(snapped.lo_zyx)
+    assert len(corners) == 3 * 2 * 3  # all there are: z 0, 4, 8; y 0, 64; x 0, 64, 128
+
+
+@pytest.mark.parametrize("whole", [3, 4, 5])
+def test_a_box_of_the_whole_axis_snaps_to_its_start(whole: int) -> None:
+    assert snap_to_blocks((0, 0, 0), (whole, 60, 60), (whole, 60, 60)) == (0, 0, 0)
+
+
+def test_a_batch_reads_the_crops_where_crop_at_says(store: Store) -> None:
+    whole_ZYX = torch.from_numpy(store.read_volume(0).hu_ZYX)
+    config = dataclasses.replace(CROPS, snap_to_blocks=True)
+    crops = [crop_at(store.cases, config, seed=0, index=i) for i in range(6)]
+    normalise = HuConfig()
+    batch = BoxBatch(store, len(crops), crops[0].shape_zyx, normalise=normalise, threads=2)
+    boxes_BZYX = batch.read([c.case for c in crops], [c.lo_zyx for c in crops])
+    for crop, box_ZYX in zip(crops, boxes_BZYX, strict=True):
+        z, y, x = (slice(lo, lo + n) for lo, n in zip(crop.lo_zyx, crop.shape_zyx, strict=True))
+        values = whole_ZYX[z, y, x].float().clamp(*normalise.clip)
+        expected = ((values - normalise.mean) / normalise.std).bfloat16()
+        assert torch.equal(box_ZYX, expected)
+    free = [crop_at(store.cases, CROPS, seed=0, index=i).lo_zyx for i in range(6)]
+    snapped_BZYX = batch.read([0] * 6, free, snap=True)
+    assert torch.equal(snapped_BZYX, boxes_BZYX)
