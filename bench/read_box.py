@@ -24,7 +24,8 @@ from bench.harness import Run, start, time_ms, version
 from tapct_fast import _native
 from tapct_fast.config import HuConfig
 from tapct_fast.io.nifti import write_nifti
-from tapct_fast.io.store import HU_RANGE, Store, pack, snap_to_blocks
+from tapct_fast.io.pack import HU_RANGE, pack
+from tapct_fast.io.store import Store, snap_to_blocks
 from tapct_fast.io.store_index import Codec
 from tapct_fast.io.volume import Volume
 

@@ -21,6 +21,7 @@ using tapct::Zyx;
 using Bytes = std::vector<std::byte>;
 
 constexpr Zyx volume_zyx{9, 20, 21};  // ragged in every chunk and block
+constexpr std::size_t smallest = tapct::meta_position;
 constexpr std::size_t frame_size_at = 16;
 constexpr std::size_t chunk_crc32s_at = tapct::meta_position + 284;
 
@@ -147,7 +148,7 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   for (std::size_t i = 1; i + 3 <= size; i += 3) {
     const std::size_t position = std::size_t{data[i]} << 8 | data[i + 1];
     if (position == 0xffff) {
-      file.resize(std::max<std::size_t>(tapct::meta_position, file.size() - data[i + 2]));
+      file.resize(file.size() - std::min<std::size_t>(data[i + 2], file.size() - smallest));
     } else {
       file[position % file.size()] = std::byte{data[i + 2]};
     }

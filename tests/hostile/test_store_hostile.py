@@ -24,7 +24,8 @@ import pytest
 from tapct_fast import _native
 from tapct_fast.errors import StoreError
 from tapct_fast.io.nifti import write_nifti
-from tapct_fast.io.store import Store, pack
+from tapct_fast.io.pack import pack
+from tapct_fast.io.store import Store
 
 AFFINE = np.diag([-0.8, -0.7, 2.5, 1.0])
 SHAPE_ZYX = (19, 150, 140)  # two chunks per axis, both ragged

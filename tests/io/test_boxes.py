@@ -10,7 +10,8 @@ from tapct_fast.config import CropConfig, HuConfig
 from tapct_fast.data.boxes import BoxBatch
 from tapct_fast.data.crops import crop_at
 from tapct_fast.io.nifti import write_nifti
-from tapct_fast.io.store import BLOCK_ZYX, Store, pack, snap_to_blocks
+from tapct_fast.io.pack import pack
+from tapct_fast.io.store import BLOCK_ZYX, Store, snap_to_blocks
 
 SHAPE_ZYX = (21, 150, 200)
 CROPS = CropConfig(extent_mm_zyx=(25.0, 49.0, 56.0))  # 10 x 70 x 70 voxels

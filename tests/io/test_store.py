@@ -28,17 +28,9 @@ from tapct_fast.config import HuConfig
 from tapct_fast.data.boxes import BoxBatch
 from tapct_fast.errors import InputError, StoreError
 from tapct_fast.io.nifti import write_nifti
+from tapct_fast.io.pack import HU_RANGE, PackReport, _locked, locate, pack
 from tapct_fast.io.read import read_volume
-from tapct_fast.io.store import (
-    BLOCK_ZYX,
-    HU_RANGE,
-    PackReport,
-    Store,
-    _locked,
-    locate,
-    pack,
-    snap_to_blocks,
-)
+from tapct_fast.io.store import BLOCK_ZYX, Store, snap_to_blocks
 from tapct_fast.io.store_index import CaseRecord
 
 AFFINE = np.diag([-0.8, -0.7, 2.5, 1.0])
@@ -404,7 +396,7 @@ def test_a_pack_killed_at_any_time_is_finished_by_the_next(tmp_path: Path) -> No
         directory.mkdir()
         (directory / ".key").write_bytes(bytes(range(32)))
         for kill in range(num_kills):
-            code = "import sys, pathlib as p, tapct_fast.io.store as s; print(flush=True); "
+            code = "import sys, pathlib as p, tapct_fast.io.pack as s; print(flush=True); "
             code += "s.pack([p.Path(sys.argv[1])], p.Path(sys.argv[2]))"
             command = [sys.executable, "-c", code, str(folder), str(directory)]
             with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
