@@ -144,16 +144,16 @@ class Store:
     def _check_boxes(
         self, cases: npt.NDArray[np.int64], lo_Nzyx: npt.NDArray[np.int64], shape_zyx: Zyx
     ) -> None:
-        for case, lo_zyx in zip(cases.tolist(), lo_Nzyx.tolist(), strict=True):
-            record = self.cases[case]
-            if any(
-                lo < 0 or size < 1 or lo + size > whole
-                for lo, size, whole in zip(lo_zyx, shape_zyx, record.shape_zyx, strict=True)
-            ):
-                raise StoreError(
-                    f"box at {tuple(lo_zyx)} of shape {shape_zyx} exceeds {record.case} of "
-                    f"shape {record.shape_zyx}; clip the box before read_box"
-                )
+        wholes = [self.cases[case].shape_zyx for case in cases.tolist()]
+        room_Nzyx = np.array(wholes, dtype=np.int64).reshape(-1, 3) - shape_zyx
+        is_outside = (lo_Nzyx < 0) | (lo_Nzyx > room_Nzyx) | (np.array(shape_zyx) < 1)
+        if is_outside.any():
+            box = int(is_outside.any(axis=1).argmax())
+            record = self.cases[int(cases[box])]
+            raise StoreError(
+                f"box at {tuple(lo_Nzyx[box].tolist())} of shape {shape_zyx} exceeds {record.case} "
+                f"of shape {record.shape_zyx}; clip the box before read_box"
+            )
 
     def _reader(self) -> _native.BoxReader:
         pid = os.getpid()
