@@ -21,16 +21,13 @@ import blosc2
 import numpy as np
 import numpy.typing as npt
 import pytest
-import torch
 
 from tapct_fast import _native
-from tapct_fast.config import HuConfig
-from tapct_fast.data.boxes import BoxBatch
 from tapct_fast.errors import InputError, StoreError
 from tapct_fast.io.nifti import write_nifti
 from tapct_fast.io.pack import HU_RANGE, PackReport, _locked, locate, pack
 from tapct_fast.io.read import read_volume
-from tapct_fast.io.store import BLOCK_ZYX, Store, snap_to_blocks
+from tapct_fast.io.store import Store
 from tapct_fast.io.store_index import CaseRecord
 
 AFFINE = np.diag([-0.8, -0.7, 2.5, 1.0])
@@ -89,32 +86,12 @@ def test_values_are_clipped_to_the_stores_range(tmp_path: Path) -> None:
     assert volume.hu_ZYX[0, 0, :3].tolist() == [-1024, 3071, -1024]
 
 
-def test_any_box_equals_the_slice_of_the_whole(packed: Path) -> None:
-    store = Store.open(packed)
-    whole_ZYX = store.read_volume(0).hu_ZYX
-    rng = np.random.default_rng(0)
-    for _ in range(40):
-        lo = [int(rng.integers(0, n)) for n in SHAPE_ZYX]
-        shape = [
-            int(rng.integers(1, n - start + 1)) for n, start in zip(SHAPE_ZYX, lo, strict=True)
-        ]
-        box = tuple(slice(start, start + n) for start, n in zip(lo, shape, strict=True))
-        np.testing.assert_array_equal(store.read_box(0, lo, shape), whole_ZYX[box])
-
-
 def test_another_blosc2_reader_opens_the_volumes(packed: Path) -> None:
     store = Store.open(packed)
     array = blosc2.open(str(packed / store.cases[1].file), mode="r")
     np.testing.assert_array_equal(array[:], store.read_volume(1).hu_ZYX)
     assert array.chunks == (16, 128, 128)
     assert array.blocks == (4, 64, 64)
-
-
-def test_boxes_outside_the_volume_are_errors(packed: Path) -> None:
-    store = Store.open(packed)
-    for lo, shape in [((-1, 0, 0), (2, 2, 2)), ((0, 0, 139), (1, 1, 2)), ((0, 0, 0), (0, 1, 1))]:
-        with pytest.raises(StoreError, match=r"exceeds case-.*clip the box"):
-            store.read_box(0, lo, shape)
 
 
 def test_threads_and_processes_share_a_store(packed: Path) -> None:
@@ -302,39 +279,6 @@ def test_the_documents_own_lines_verify_a_file_and_find_damage(store_copy: Path)
         with pytest.raises((AssertionError, RuntimeError, ValueError)):
             names["verify"](str(path))
         _overwrite(path, offset, data[offset : offset + 1])
-
-
-@pytest.mark.parametrize("mmap", [False, True])
-def test_a_batch_equals_its_boxes_raw_and_normalised(packed: Path, mmap: bool) -> None:
-    store = Store.open(packed, mmap=mmap)
-    rng = np.random.default_rng(1)
-    shape_zyx = (7, 70, 90)
-    cases = rng.integers(0, 2, 24)
-    lo = rng.integers(0, np.array(SHAPE_ZYX) - shape_zyx + 1, (24, 3))
-    volumes = [store.read_volume(case).hu_ZYX for case in range(2)]
-    expected = np.stack(
-        [
-            volumes[c][z : z + 7, y : y + 70, x : x + 90]
-            for c, (z, y, x) in zip(cases, lo, strict=True)
-        ]
-    )
-    for threads in (1, 4):
-        np.testing.assert_array_equal(
-            store.read_boxes(cases, lo, shape_zyx, threads=threads), expected
-        )
-    hu = HuConfig()
-    clipped = torch.from_numpy(expected).float().clamp(*hu.clip)
-    reference = ((clipped - hu.mean) / hu.std).bfloat16()
-    batch = BoxBatch(store, 24, shape_zyx, normalise=hu, threads=2)
-    assert torch.equal(batch.read(cases.tolist(), lo.tolist()), reference)
-    assert batch.read(cases.tolist(), lo.tolist()).data_ptr() == batch._boxes_BZYX.data_ptr()
-    snapped = np.array([snap_to_blocks(row, shape_zyx, SHAPE_ZYX) for row in lo.tolist()])
-    assert (snapped % BLOCK_ZYX == 0).all()
-    assert (snapped + shape_zyx <= SHAPE_ZYX).all()
-    np.testing.assert_array_equal(
-        store.read_boxes(cases, lo, shape_zyx, snap=True),
-        store.read_boxes(cases, snapped, shape_zyx),
-    )
 
 
 def test_a_damaged_case_of_a_batch_is_named_and_an_open_file_stays_checked(
