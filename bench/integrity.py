@@ -27,8 +27,9 @@ from bench.chest import tiled_chest, write_single_member
 from bench.harness import start, time_ms, version
 from tapct_fast import _native
 from tapct_fast.errors import TapctError
+from tapct_fast.io.pack import pack
 from tapct_fast.io.read import read_volume
-from tapct_fast.io.store import Store, pack
+from tapct_fast.io.store import Store
 
 SOURCES = [
     *(f"csrc/{n}.cpp" for n in ("box_reader", "file", "frame", "gzip_index", "inflate", "nifti")),

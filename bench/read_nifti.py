@@ -24,7 +24,6 @@ from numpy.typing import NDArray
 from bench.chest import tiled_chest, write_single_member
 from bench.harness import start, time_ms, version
 from tapct_fast import _native
-from tapct_fast.data.phantom import make_phantom
 from tapct_fast.errors import FormatError
 from tapct_fast.io.nifti import write_nifti
 from tapct_fast.io.read import read_volume
@@ -37,13 +36,6 @@ SOURCES = [
     *(f"tapct_fast/io/{name}.py" for name in ("nifti", "orient", "read")),
 ]
 HEADER_BYTES = 352
-
-
-def write_scan(path: Path, shape_zyx: tuple[int, int, int]) -> Hu:
-    """Write a phantom as NIfTI and return its voxels."""
-    volume = make_phantom(0, shape_zyx=shape_zyx, spacing_mm=(2.5, 0.7, 0.7)).volume
-    write_nifti(path, volume.hu_ZYX, volume.affine)
-    return volume.hu_ZYX
 
 
 def _ours_into(buffer: NDArray[np.uint8], threads: int, path: Path) -> Hu:

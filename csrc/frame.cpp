@@ -345,6 +345,8 @@ Frame parse_frame(const File& file, bool is_sealed) {
   const std::uint64_t num_blocks = frame.grid.num_blocks();
   if (num_blocks > file.size() / num_chunks ||
       header_bytes != meta_position + meta_bytes(num_chunks, num_blocks) ||
+      bytes[meta_position - 5] != std::byte{0xc6} ||
+      big_endian(bytes.last(4)) != header_bytes - meta_position ||
       big_endian(bytes.subspan(frame_size_at, 8)) != file.size() || header_bytes > file.size() ||
       cbytes > file.size() - header_bytes) {
     damaged("the volume file's header");

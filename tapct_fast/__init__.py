@@ -26,9 +26,9 @@ if TYPE_CHECKING:
         to_simpleitk,
     )
     from tapct_fast.io.findings import Finding, Report
+    from tapct_fast.io.pack import pack
     from tapct_fast.io.read import check_series, check_volume, read_labels, read_volume
-    from tapct_fast.io.store import Store, pack
-    from tapct_fast.io.verify import verify
+    from tapct_fast.io.store import Store
     from tapct_fast.io.volume import Volume
 
 __version__ = "0.1.0"
@@ -54,7 +54,7 @@ _HOMES = {
     "linear_segmentation": "downstream.probe",
     "load_backbone": "backbone.load",
     "load_for_tapct": "backbone.load_scans",
-    "pack": "io.store",
+    "pack": "io.pack",
     "read_labels": "io.read",
     "read_volume": "io.read",
     "save_nifti": "io.convert",

@@ -39,7 +39,7 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _pack(args: argparse.Namespace) -> int:
-    from tapct_fast.io.store import pack
+    from tapct_fast.io.pack import pack
 
     report = pack(
         _existing(args.src, "SRC"),
@@ -88,7 +88,7 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _locate(args: argparse.Namespace) -> int:
-    from tapct_fast.io.store import locate
+    from tapct_fast.io.pack import locate
 
     print(locate(args.store, args.case, _existing(args.src, "SRC"), series=args.series))
     return 0

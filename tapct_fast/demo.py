@@ -36,9 +36,9 @@ from tapct_fast.downstream.probe import (
 )
 from tapct_fast.errors import FormatError, InputError
 from tapct_fast.figures import Shown, fit_colors, scan_figure
+from tapct_fast.io.pack import pack
 from tapct_fast.io.quarantine import last_refusal
 from tapct_fast.io.read import find_scans, read_labels, read_volume
-from tapct_fast.io.store import pack
 from tapct_fast.io.volume import Volume
 from tapct_fast.report import Curve, Figure, Interval, Report, Rgb, Score, write_report
 from tapct_fast.train.log import METRICS

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -157,6 +158,48 @@ def test_a_wrong_argument_is_one_line_and_exit_code_2(
         code, error = _fails(capsys, words)
         assert message in error, (words[0], error)
         assert code == 2, (words[0], error)
+
+
+def test_pack_takes_a_policy_and_threads_and_lists_reasons_with_codes(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scans = tmp_path / "scans"
+    scans.mkdir()
+    for i in range(2):
+        shutil.copy(folder / "scans" / f"{i}.nii.gz", scans)
+    (scans / "bad.nii.gz").write_bytes(b"not a scan")
+    cut = (folder / "scans" / "2.nii.gz").read_bytes()[:-9]
+    (scans / "cut.nii.gz").write_bytes(cut)
+    write_nifti(scans / "mask.nii", np.eye(16 * 64, dtype=np.uint8).reshape(256, 64, 64), np.eye(4))
+
+    def pack(name: str, *options: str) -> tuple[str, dict[str, str]]:
+        store = tmp_path / name
+        store.mkdir()
+        (store / ".key").write_bytes(bytes(32))
+        assert main(["pack", str(scans), str(store), *options]) == 0
+        lines = (store / "quarantine.jsonl").read_text().splitlines()
+        rows = [json.loads(line) for line in lines]
+        assert all(set(row) == {"case", "field", "reason", "code"} for row in rows)
+        return capsys.readouterr().out, {row["case"]: row["code"] for row in rows}
+
+    said, codes = pack("one", "--threads", "1")
+    assert "packed 2, already there 0, quarantined 3" in said
+    assert sorted(codes.values()) == ["header", "hu", "integrity"]
+    assert pack("many", "--threads", "3", "--policy", "error") == (said, codes)
+    prints = [json.loads((tmp_path / n / "index.json").read_text()) for n in ("one", "many")]
+    assert prints[0] == prints[1]
+
+    said, codes = pack("doubtful", "--policy", "warn")
+    assert "packed 3, already there 0, quarantined 2" in said
+    assert sorted(codes.values()) == ["header", "integrity"]
+    records = [json.loads(p.read_text()) for p in (tmp_path / "doubtful" / "cases").glob("*.json")]
+    assert [record["policy"] for record in records] == ["warn"] * 3
+    doubts = [f["code"] for record in records for f in record["report"]["findings"]]
+    assert doubts == ["hu"]
+
+    code, error = _fails(capsys, ["pack", str(scans), str(tmp_path / "x"), "--threads", "0"])
+    assert (code, "threads=0 is not positive" in error) == (2, True)
+    assert _fails(capsys, ["pack", str(scans), str(tmp_path / "x"), "--policy", "trust"])[0] == 2
 
 
 def test_unusable_data_is_one_line_and_exit_code_65(

@@ -14,8 +14,8 @@ from tapct_fast.backbone.load import load_backbone
 from tapct_fast.data.phantom import HU_TWINS, LABEL_NAMES, write_phantoms
 from tapct_fast.downstream.embed import embed_volume
 from tapct_fast.downstream.probe import Scan, linear_segmentation
+from tapct_fast.io.pack import pack
 from tapct_fast.io.read import read_labels, read_volume
-from tapct_fast.io.store import pack
 from tapct_fast.train.loop import init_method, train
 
 NUM_PRETRAIN, NUM_FIT, NUM_TEST = 12, 6, 6

@@ -4,7 +4,7 @@ import numpy as np
 
 from tapct_fast.config import CropConfig
 from tapct_fast.data.crops import Crop, crop_at
-from tapct_fast.io.store import CaseRecord
+from tapct_fast.io.store_index import CaseRecord
 
 CONFIG = CropConfig(extent_mm_zyx=(60.0, 200.0, 180.0))
 

@@ -25,7 +25,8 @@ from tapct_fast.data.rng import Stream, generator
 from tapct_fast.data.views import draw_views
 from tapct_fast.errors import StoreError
 from tapct_fast.io.nifti import write_nifti
-from tapct_fast.io.store import Store, pack
+from tapct_fast.io.pack import pack
+from tapct_fast.io.store import Store
 
 CONFIG = Config(
     crops=CropConfig(extent_mm_zyx=(50.0, 60.0, 60.0)),

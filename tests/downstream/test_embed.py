@@ -15,8 +15,8 @@ from tapct_fast.backbone.preprocess import Preprocess
 from tapct_fast.downstream.embed import EmbedReport, embed_scans, embed_volume
 from tapct_fast.downstream.features import load_features
 from tapct_fast.errors import InputError
+from tapct_fast.io.pack import locate
 from tapct_fast.io.read import read_volume
-from tapct_fast.io.store import locate
 from tapct_fast.io.volume import Volume
 
 

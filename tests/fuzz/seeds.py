@@ -14,7 +14,8 @@ from pydicom.uid import (
 )
 
 from tapct_fast.io.nifti import write_nifti
-from tapct_fast.io.store import Store, pack
+from tapct_fast.io.pack import pack
+from tapct_fast.io.store import Store
 
 AFFINE = np.diag([-1.0, -1.0, 2.0, 1.0])
 

@@ -21,24 +21,13 @@ import blosc2
 import numpy as np
 import numpy.typing as npt
 import pytest
-import torch
 
 from tapct_fast import _native
-from tapct_fast.config import HuConfig
-from tapct_fast.data.boxes import BoxBatch
 from tapct_fast.errors import InputError, StoreError
 from tapct_fast.io.nifti import write_nifti
+from tapct_fast.io.pack import HU_RANGE, PackReport, _locked, locate, pack
 from tapct_fast.io.read import read_volume
-from tapct_fast.io.store import (
-    BLOCK_ZYX,
-    HU_RANGE,
-    PackReport,
-    Store,
-    _locked,
-    locate,
-    pack,
-    snap_to_blocks,
-)
+from tapct_fast.io.store import Store
 from tapct_fast.io.store_index import CaseRecord
 
 AFFINE = np.diag([-0.8, -0.7, 2.5, 1.0])
@@ -97,32 +86,12 @@ def test_values_are_clipped_to_the_stores_range(tmp_path: Path) -> None:
     assert volume.hu_ZYX[0, 0, :3].tolist() == [-1024, 3071, -1024]
 
 
-def test_any_box_equals_the_slice_of_the_whole(packed: Path) -> None:
-    store = Store.open(packed)
-    whole_ZYX = store.read_volume(0).hu_ZYX
-    rng = np.random.default_rng(0)
-    for _ in range(40):
-        lo = [int(rng.integers(0, n)) for n in SHAPE_ZYX]
-        shape = [
-            int(rng.integers(1, n - start + 1)) for n, start in zip(SHAPE_ZYX, lo, strict=True)
-        ]
-        box = tuple(slice(start, start + n) for start, n in zip(lo, shape, strict=True))
-        np.testing.assert_array_equal(store.read_box(0, lo, shape), whole_ZYX[box])
-
-
 def test_another_blosc2_reader_opens_the_volumes(packed: Path) -> None:
     store = Store.open(packed)
     array = blosc2.open(str(packed / store.cases[1].file), mode="r")
     np.testing.assert_array_equal(array[:], store.read_volume(1).hu_ZYX)
     assert array.chunks == (16, 128, 128)
     assert array.blocks == (4, 64, 64)
-
-
-def test_boxes_outside_the_volume_are_errors(packed: Path) -> None:
-    store = Store.open(packed)
-    for lo, shape in [((-1, 0, 0), (2, 2, 2)), ((0, 0, 139), (1, 1, 2)), ((0, 0, 0), (0, 1, 1))]:
-        with pytest.raises(StoreError, match=r"exceeds case-.*clip the box"):
-            store.read_box(0, lo, shape)
 
 
 def test_threads_and_processes_share_a_store(packed: Path) -> None:
@@ -185,58 +154,10 @@ def test_bad_inputs_are_listed_and_the_rest_goes_on(sources: Path, tmp_path: Pat
     assert (store / "quarantine.jsonl").read_text() == ""
 
 
-def test_200_flipped_bits_and_64_truncations_of_a_volume_are_detected(store_copy: Path) -> None:
-    store = Store.open(store_copy)
-    path = store_copy / store.cases[0].file
-    whole = path.read_bytes()
-    rng = np.random.default_rng(0)
-    # The header and the offsets at the end are small; aim at them as often as at the voxels.
-    bits = [*rng.choice(8 * 200, 70, replace=False), *rng.integers(0, 8 * len(whole), 60)]
-    bits += [*(8 * len(whole) - 1 - rng.choice(8 * 150, 70, replace=False))]
-    for bit in map(int, bits):
-        _overwrite(path, bit // 8, bytes([whole[bit // 8] ^ 1 << bit % 8]))
-        with pytest.raises(StoreError, match=r"case-.*damaged.*pack again"):
-            dataclasses.replace(store).read_volume(0)
-        _overwrite(path, bit // 8, whole[bit // 8 : bit // 8 + 1])
-    store.verify()
-    for size in sorted(np.linspace(0, len(whole) - 1, 64).astype(int).tolist(), reverse=True):
-        with path.open("r+b") as file:
-            file.truncate(size)
-        with pytest.raises(StoreError, match="damaged"):
-            store.read_volume(0)
-    path.unlink()
-    with pytest.raises(StoreError, match="No such file"):
-        store.verify()
-
-
 def _overwrite(path: Path, offset: int, data: bytes) -> None:
     with path.open("r+b") as file:
         file.seek(offset)
         file.write(data)
-
-
-@pytest.mark.parametrize("name", ["index.json", "cases/*.json"])
-def test_200_flipped_bits_and_64_truncations_of_a_record_are_detected(
-    store_copy: Path, sources: Path, name: str
-) -> None:
-    path = next(store_copy.glob(name))
-    whole = path.read_bytes()
-    before = Store.open(store_copy)
-    damaged = [whole[:size] for size in np.linspace(0, len(whole) - 2, 64).astype(int)]
-    for bit in np.random.default_rng(0).choice(8 * len(whole), 200, replace=False).tolist():
-        data = bytearray(whole)
-        data[bit // 8] ^= 1 << bit % 8
-        damaged.append(bytes(data))
-    num_refused = 0
-    for data in damaged:
-        _overwrite(path, 0, data.ljust(len(whole)))  # trailing blanks are no part of JSON
-        try:
-            if name.startswith("cases"):  # the index is rebuilt from the records
-                pack([sources], store_copy)
-            assert Store.open(store_copy) == before  # a flipped blank between two values
-        except StoreError:
-            num_refused += 1
-    assert num_refused >= 0.9 * len(damaged)
 
 
 def test_a_damaged_index_is_rebuilt_by_packing_again(store_copy: Path, sources: Path) -> None:
@@ -360,39 +281,6 @@ def test_the_documents_own_lines_verify_a_file_and_find_damage(store_copy: Path)
         _overwrite(path, offset, data[offset : offset + 1])
 
 
-@pytest.mark.parametrize("mmap", [False, True])
-def test_a_batch_equals_its_boxes_raw_and_normalised(packed: Path, mmap: bool) -> None:
-    store = Store.open(packed, mmap=mmap)
-    rng = np.random.default_rng(1)
-    shape_zyx = (7, 70, 90)
-    cases = rng.integers(0, 2, 24)
-    lo = rng.integers(0, np.array(SHAPE_ZYX) - shape_zyx + 1, (24, 3))
-    volumes = [store.read_volume(case).hu_ZYX for case in range(2)]
-    expected = np.stack(
-        [
-            volumes[c][z : z + 7, y : y + 70, x : x + 90]
-            for c, (z, y, x) in zip(cases, lo, strict=True)
-        ]
-    )
-    for threads in (1, 4):
-        np.testing.assert_array_equal(
-            store.read_boxes(cases, lo, shape_zyx, threads=threads), expected
-        )
-    hu = HuConfig()
-    clipped = torch.from_numpy(expected).float().clamp(*hu.clip)
-    reference = ((clipped - hu.mean) / hu.std).bfloat16()
-    batch = BoxBatch(store, 24, shape_zyx, normalise=hu, threads=2)
-    assert torch.equal(batch.read(cases.tolist(), lo.tolist()), reference)
-    assert batch.read(cases.tolist(), lo.tolist()).data_ptr() == batch._boxes_BZYX.data_ptr()
-    snapped = np.array([snap_to_blocks(row, shape_zyx, SHAPE_ZYX) for row in lo.tolist()])
-    assert (snapped % BLOCK_ZYX == 0).all()
-    assert (snapped + shape_zyx <= SHAPE_ZYX).all()
-    np.testing.assert_array_equal(
-        store.read_boxes(cases, lo, shape_zyx, snap=True),
-        store.read_boxes(cases, snapped, shape_zyx),
-    )
-
-
 def test_a_damaged_case_of_a_batch_is_named_and_an_open_file_stays_checked(
     store_copy: Path,
 ) -> None:
@@ -452,7 +340,7 @@ def test_a_pack_killed_at_any_time_is_finished_by_the_next(tmp_path: Path) -> No
         directory.mkdir()
         (directory / ".key").write_bytes(bytes(range(32)))
         for kill in range(num_kills):
-            code = "import sys, pathlib as p, tapct_fast.io.store as s; print(flush=True); "
+            code = "import sys, pathlib as p, tapct_fast.io.pack as s; print(flush=True); "
             code += "s.pack([p.Path(sys.argv[1])], p.Path(sys.argv[2]))"
             command = [sys.executable, "-c", code, str(folder), str(directory)]
             with subprocess.Popen(command, stdout=subprocess.PIPE) as process:

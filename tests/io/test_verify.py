@@ -16,7 +16,7 @@ import pytest
 from tapct_fast.cli import main
 from tapct_fast.errors import InputError
 from tapct_fast.io.nifti import write_nifti
-from tapct_fast.io.store import locate
+from tapct_fast.io.pack import locate
 from tapct_fast.io.verify import Verification, verify
 
 CANARY = "DOE^JOHN"

@@ -18,7 +18,7 @@ from tapct_fast.config import (
     VitConfig,
 )
 from tapct_fast.io.nifti import write_nifti
-from tapct_fast.io.store import pack
+from tapct_fast.io.pack import pack
 
 
 @pytest.fixture(scope="session")
