@@ -1,0 +1,23 @@
+"""Every hostile file is judged within a second."""
+
+import time
+from collections.abc import Iterator
+
+import pytest
+
+LIMIT_S = 1.0
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "cases(n): the test judges n hostile files, one by one")
+
+
+@pytest.fixture(autouse=True)
+def _judged_within_a_second(request: pytest.FixtureRequest) -> Iterator[None]:
+    began = time.perf_counter()
+    yield
+    if "real_ct" in request.fixturenames:  # full-size scans, sound or repaired
+        return
+    marker = request.node.get_closest_marker("cases")
+    num_cases = marker.args[0] if marker else 1
+    assert time.perf_counter() - began < LIMIT_S * num_cases
