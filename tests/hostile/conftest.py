@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -21,3 +22,10 @@ def _judged_within_a_second(request: pytest.FixtureRequest) -> Iterator[None]:
     marker = request.node.get_closest_marker("cases")
     num_cases = marker.args[0] if marker else 1
     assert time.perf_counter() - began < LIMIT_S * num_cases
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "CANARY_FOLDER"
+    folder.mkdir()
+    return folder

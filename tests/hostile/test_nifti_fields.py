@@ -114,7 +114,7 @@ def test_every_field_at_0_minus_1_max_nan_and_infinity(tmp_path: Path, version: 
     whole = good(version)
     fields = FIELDS_1 if version == 1 else FIELDS_2
     num_read = 0
-    refused: list[FormatError] = []
+    refused: list[tuple[str, FormatError]] = []
     for of_version, name, i in CASES:
         if of_version != version:
             continue
@@ -131,8 +131,7 @@ def test_every_field_at_0_minus_1_max_nan_and_infinity(tmp_path: Path, version: 
             try:
                 volume = read_nifti(path)
             except FormatError as error:
-                refused.append(error)
-                assert error.field in NAMED.get(name, ()), f"{name} {i} {value}: {error}"
+                refused.append((name, error))
             else:
                 num_read += 1
                 # A negative slope or an intercept of -1 is legal, and says which voxels are right.
@@ -141,7 +140,9 @@ def test_every_field_at_0_minus_1_max_nan_and_infinity(tmp_path: Path, version: 
                 np.testing.assert_array_equal(volume.hu_ZYX, HU_ZYX * slope + inter, f"{name} {i}")
                 np.testing.assert_allclose(volume.affine, AFFINE, atol=1e-4, err_msg=f"{name} {i}")
             assert time.perf_counter() - began < 1.0
-    assert all(error.field and code_of(error) in CODES for error in refused)
+    for name, error in refused:
+        assert error.field in NAMED.get(name, ()), f"{name}: {error}"
+        assert code_of(error) in CODES
     assert len(refused) > 50
     assert num_read + len(refused) > 150
 
