@@ -98,7 +98,7 @@ class _Refusals:
     @contextmanager
     def collected(self) -> Iterator[None]:
         yield
-        for error in self._errors[1:]:
+        for error in self._errors:
             self._inspection.record(error)
         if self._errors:
             raise self._errors[0]
