@@ -120,7 +120,7 @@ def test_notes_and_facts_tell_the_rest(tmp_path: Path) -> None:
     assert report.facts["transfer_syntax"] == ["explicit little endian"]
     assert report.facts["shape_zyx"] == [8, ROWS, COLUMNS]
     assert report.facts["spacing_mm"] == [2.5, *SPACING[1:]]
-    assert (report.facts["axes"], report.facts["tilt_deg"]) == ("LPS", 0.0)
+    assert (report.facts["stored_axes"], report.facts["tilt_deg"]) == ("LPS", 0.0)
 
 
 def test_a_report_names_all_that_is_wrong_with_the_slices(tmp_path: Path) -> None:
