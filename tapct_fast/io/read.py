@@ -263,7 +263,9 @@ def _kind(path: Path) -> Literal["dicom", "nifti", "itk"]:
     if _has_suffix(path, _NIFTI_SUFFIXES):
         return "nifti"
     raise FormatError(
-        "file", "is not NIfTI, NRRD or MetaImage; for DICOM give the folder that holds the series"
+        "file",
+        "is not NIfTI, NRRD or MetaImage; for DICOM give the folder that holds the series",
+        "unsupported",
     )
 
 
