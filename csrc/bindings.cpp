@@ -387,6 +387,7 @@ PYBIND11_MODULE(_native, m) {
       .def_property_readonly("start", [](const DicomScan& s) { return py::bytes(s.start); })
       .def_readonly("field", &DicomScan::field)
       .def_readonly("reason", &DicomScan::reason)
+      .def_readonly("code", &DicomScan::code)
       .def_readonly("os_error", &DicomScan::os_error)
       .def_property_readonly("values", &dicom_values)
       .def_property_readonly("transfer_syntax",

@@ -297,7 +297,7 @@ DicomScan scan(Window& window, std::span<const DicomTag> tags) {
   if (found.header.deflated_at) {
     found.header.deflated_at = at;
     if (window.size() - at > max_dicom_slice) {
-      throw FormatError("file", "is larger than any slice of a CT");
+      throw FormatError("file", "is larger than any slice of a CT", "limit");
     }
     const std::vector<std::byte> plain =
         inflate_data_set(window.at(at, static_cast<std::size_t>(window.size() - at)));
@@ -314,7 +314,7 @@ DicomScan scan(Window& window, std::span<const DicomTag> tags) {
 
 std::vector<std::byte> inflate_data_set(std::span<const std::byte> compressed) {
   if (compressed.size() > max_dicom_slice) {
-    throw FormatError("file", "is larger than any slice of a CT");
+    throw FormatError("file", "is larger than any slice of a CT", "limit");
   }
   // Writers put a zero byte (PS3.5 A.5), or a checksum, behind the stream.
   return inflate_raw(compressed, max_dicom_slice);
@@ -341,6 +341,7 @@ std::vector<DicomScan> scan_dicom(std::span<const DicomSource> sources,
       result.has_mark = true;
       result.field = error.field();
       result.reason = error.what();
+      result.code = error.code();
     } catch (const std::system_error& error) {
       result.os_error = error.code().value();
     }

@@ -121,7 +121,8 @@ void map_slice(const StoredSlice& slice, std::span<std::int16_t> values) {
     }
     if (low < low16 || high > high16) {
       throw FormatError(
-          rescale, "make values of " + slice.place + " which do not fit int16 and cannot be HU");
+          rescale, "make values of " + slice.place + " which do not fit int16 and cannot be HU",
+          "hu");
     }
   }
   std::uint16_t padding_hu = 0;

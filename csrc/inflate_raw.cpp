@@ -32,7 +32,7 @@ std::vector<std::byte> inflate_raw(std::span<const std::byte> compressed, std::s
   while (true) {
     if (done == out.size()) {
       if (done > max_size) {
-        throw FormatError("file", "inflates to more than any slice of a CT");
+        throw FormatError("file", "inflates to more than any slice of a CT", "limit");
       }
       // One byte beyond the limit proves that it is broken. CT shrinks about twofold.
       out.resize(std::min(std::max(2 * done, 3 * compressed.size()), max_size + 1));

@@ -280,7 +280,7 @@ std::uint64_t NiftiHeader::num_voxels() const noexcept {
 
 NiftiHeader parse_nifti_header(std::span<const std::byte> head) {
   if (head.size() < nifti1_bytes + 4) {
-    throw FormatError("header", "the file is shorter than a NIfTI header");
+    throw FormatError("header", "the file is shorter than a NIfTI header", "integrity");
   }
   const auto stored_size = Fields(head, false).at<std::int32_t>(0);
   const auto swapped_size = swap_bytes(stored_size);
@@ -296,7 +296,7 @@ NiftiHeader parse_nifti_header(std::span<const std::byte> head) {
   }
   const bool is_nifti2 = header.version == 2;
   if (is_nifti2 && head.size() < nifti_header_bytes) {
-    throw FormatError("header", "the file is shorter than a NIfTI-2 header");
+    throw FormatError("header", "the file is shorter than a NIfTI-2 header", "integrity");
   }
   const Layout& layout = is_nifti2 ? nifti2 : nifti1;
   if (!is_nifti2 && has_magic(head, layout.magic, magic1_pair)) {

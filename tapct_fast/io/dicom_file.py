@@ -205,7 +205,7 @@ class _Parser:
                 "file", f"{place} cannot be opened: {os.strerror(scan.os_error)}", "integrity"
             )
         if scan.field:
-            code = "integrity" if scan.field == "file" else "header"
+            code = scan.code or ("integrity" if scan.field == "file" else "header")
             raise FormatError(scan.field, f"{place} {scan.reason}", code)
         if not scan.has_mark:
             _check_bystander(scan.start, name, place)

@@ -38,7 +38,7 @@ _POSITION = "ImagePositionPatient"
 def read_volume_of(files: list[DicomFile], inspection: Inspection, threads: int) -> Volume:
     """Judge the files of one series, read their pixels and return the volume."""
     files = [frame for file in files for frame in frames_of(file)]
-    inspection.facts |= {"format": "dicom", "num_slices": len(files)}
+    inspection.facts |= {"format": "DICOM", "num_slices": len(files)}
     files = _without_localizers(files, inspection)
     refusals = _Refusals(inspection)
     with refusals.collected():
@@ -98,7 +98,7 @@ class _Refusals:
     @contextmanager
     def collected(self) -> Iterator[None]:
         yield
-        for error in self._errors[1:]:
+        for error in self._errors:
             self._inspection.record(error)
         if self._errors:
             raise self._errors[0]
@@ -217,12 +217,14 @@ def _note_facts(
     shape_zyx: tuple[int, int, int],
 ) -> None:
     step = float(np.median(np.diff(stack.along_mm_N)))
+    signed = {integer_of(f.header, "PixelRepresentation", f.place) for f in files}
     inspection.facts |= {
         "transfer_syntax": sorted({syntax_of(file).name for file in files}),
+        "stored_type": " and ".join("int16" if s else "uint16" for s in sorted(signed)),
         "num_slices": len(files),
         "shape_zyx": list(shape_zyx),
         "spacing_mm": [round(mm, 6) for mm in (step, *stack.spacing_yx_mm)],
-        "axes": "".join(_axis(v) for v in (stack.row, stack.column, stack.normal)),
+        "stored_axes": "".join(_axis(v) for v in (stack.row, stack.column, stack.normal)),
         "tilt_deg": round(stack.tilt_deg, 3),
     }
 

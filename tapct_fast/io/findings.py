@@ -144,9 +144,9 @@ class Inspection:
         raise AssertionError("no policy allows a refusal")
 
     def record(self, error: FormatError) -> None:
-        """Record an error that a reader raised by itself, unless it is the last finding."""
+        """Record an error that a reader raised by itself, unless it was found before."""
         (found,) = Report.of_error(error).findings
-        if not (self._findings and self._findings[-1][1:] == found[1:]):
+        if all(known[1:] != found[1:] for known in self._findings):
             self._findings.append(found)
 
     def report(self) -> Report:

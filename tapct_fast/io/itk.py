@@ -93,7 +93,9 @@ def read_itk_labels(path: Path) -> Volume:
     """
     array_ZYX, affine = _decode(path)
     if np.issubdtype(array_ZYX.dtype, np.floating) and (array_ZYX != np.rint(array_ZYX)).any():
-        raise FormatError("voxels", "some labels are not whole numbers; is this a label map?")
+        raise FormatError(
+            "voxels", "some labels are not whole numbers; is this a label map?", "dtype"
+        )
     return _volume(array_ZYX, affine)
 
 

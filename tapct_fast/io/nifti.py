@@ -105,7 +105,9 @@ def read_nifti_labels(path: Path) -> Volume:
     """
     image = _decode(path)
     if image.rounded:
-        raise FormatError("voxels", "some labels are not whole numbers; is this a label map?")
+        raise FormatError(
+            "voxels", "some labels are not whole numbers; is this a label map?", "dtype"
+        )
     return _volume(image, Inspection())
 
 

@@ -20,6 +20,7 @@ from tapct_fast.io.dicom_file import DICOM_SUFFIXES
 from tapct_fast.io.findings import Inspection, Report
 from tapct_fast.io.itk import read_itk, read_itk_labels
 from tapct_fast.io.nifti import read_nifti, read_nifti_labels
+from tapct_fast.io.orient import axes_of
 from tapct_fast.io.volume import Volume
 
 _NIFTI_SUFFIXES = (".nii", ".nii.gz")
@@ -129,9 +130,23 @@ def _read(
         volume = read_nifti(path, inspection, buffer=buffer, threads=threads)
     else:
         volume = read_itk(path)
+        inspection.facts |= _facts_of(volume, path)
     if check_hu:
         check_is_hu(volume.hu_ZYX, inspection)
     return replace(volume, report=inspection.report())
+
+
+def _facts_of(volume: Volume, path: Path) -> dict[str, Any]:
+    """Return the facts that ``read_itk`` has no inspection to tell."""
+    assert volume.stored is not None
+    with path.open("rb") as file:
+        is_nrrd = file.read(4) == b"NRRD"
+    return {
+        "format": "NRRD" if is_nrrd else "MetaImage",
+        "shape_zyx": list(volume.hu_ZYX.shape),
+        "spacing_mm": list(volume.spacing_mm),
+        "stored_axes": axes_of(volume.stored.affine),
+    }
 
 
 def read_labels(path: Path | str) -> Volume:
@@ -248,7 +263,9 @@ def _kind(path: Path) -> Literal["dicom", "nifti", "itk"]:
     if _has_suffix(path, _NIFTI_SUFFIXES):
         return "nifti"
     raise FormatError(
-        "file", "is not NIfTI, NRRD or MetaImage; for DICOM give the folder that holds the series"
+        "file",
+        "is not NIfTI, NRRD or MetaImage; for DICOM give the folder that holds the series",
+        "unsupported",
     )
 
 

@@ -82,14 +82,16 @@ def to_int16(values: NDArray[np.generic], field: str) -> NDArray[np.int16]:
     if values.dtype == np.int16:
         return values.astype(np.int16, copy=False)
     if not (np.issubdtype(values.dtype, np.integer) or np.issubdtype(values.dtype, np.floating)):
-        raise FormatError(field, f"voxels of type {values.dtype} are not real numbers")
+        raise FormatError(field, f"voxels of type {values.dtype} are not real numbers", "dtype")
     if values.size == 0:
-        raise FormatError(field, "the volume has no voxels")
+        raise FormatError(field, "the volume has no voxels", "dims")
     low, high = values.min(), values.max()  # NaN anywhere makes both NaN
     if not (np.isfinite(low) and np.isfinite(high)):
-        raise FormatError(field, "a voxel is NaN or infinite")
+        raise FormatError(field, "a voxel is NaN or infinite", "non_finite")
     if low < INT16_MIN - 0.5 or high >= INT16_MAX + 0.5:
-        raise FormatError(field, f"values {low:g}..{high:g} do not fit int16 and cannot be HU")
+        raise FormatError(
+            field, f"values {low:g}..{high:g} do not fit int16 and cannot be HU", "hu"
+        )
     if np.issubdtype(values.dtype, np.floating):
         values = np.rint(values)
     return values.astype(np.int16)

@@ -1,4 +1,4 @@
-"""Every field of the NIfTI header at its extremes, findings by policy, and every real file."""
+"""Every field of the NIfTI header at its extremes, and findings by policy."""
 
 import struct
 import time
@@ -67,6 +67,24 @@ FIELDS_2 = {
     "slice_code": (496, "i", 1),
     "xyzt_units": (500, "i", 1),
 }
+# Which fields an error may name when that field lies; a lie in any other field is harmless.
+NAMED = {
+    "sizeof_hdr": {"sizeof_hdr", "magic"},
+    "magic": {"magic"},
+    "dim": {"dim", *(f"dim[{i}]" for i in range(8)), "vox_offset"},  # fewer voxels leave bytes over
+    "datatype": {"datatype", "bitpix"},
+    "bitpix": {"bitpix"},
+    "pixdim": {"pixdim", "pixdim[0]", "pixdim, sform", "sform, qform"},
+    "vox_offset": {"vox_offset", "dim"},
+    "scl_slope": {"scl_slope", "voxels"},
+    "scl_inter": {"scl_inter", "voxels"},
+    "xyzt_units": {"xyzt_units"},
+    "qform_code": {"qform_code"},
+    "sform_code": {"sform_code"},
+    "quatern": {"qform", "sform, qform"},
+    "qoffset": {"qform", "sform, qform"},
+    "srow": {"sform", "pixdim, sform", "sform, qform"},
+}
 BITS = {"B": 8, "h": 15, "i": 31, "q": 63}
 CASES = [
     (version, name, i)
@@ -90,12 +108,13 @@ def good(version: int) -> bytearray:
     return data
 
 
+@pytest.mark.cases(150)
 @pytest.mark.parametrize("version", [1, 2])
 def test_every_field_at_0_minus_1_max_nan_and_infinity(tmp_path: Path, version: int) -> None:
     whole = good(version)
     fields = FIELDS_1 if version == 1 else FIELDS_2
     num_read = 0
-    refused: list[FormatError] = []
+    refused: list[tuple[str, FormatError]] = []
     for of_version, name, i in CASES:
         if of_version != version:
             continue
@@ -112,7 +131,7 @@ def test_every_field_at_0_minus_1_max_nan_and_infinity(tmp_path: Path, version: 
             try:
                 volume = read_nifti(path)
             except FormatError as error:
-                refused.append(error)
+                refused.append((name, error))
             else:
                 num_read += 1
                 # A negative slope or an intercept of -1 is legal, and says which voxels are right.
@@ -121,7 +140,9 @@ def test_every_field_at_0_minus_1_max_nan_and_infinity(tmp_path: Path, version: 
                 np.testing.assert_array_equal(volume.hu_ZYX, HU_ZYX * slope + inter, f"{name} {i}")
                 np.testing.assert_allclose(volume.affine, AFFINE, atol=1e-4, err_msg=f"{name} {i}")
             assert time.perf_counter() - began < 1.0
-    assert all(error.field and code_of(error) in CODES for error in refused)
+    for name, error in refused:
+        assert error.field in NAMED.get(name, ()), f"{name}: {error}"
+        assert code_of(error) in CODES
     assert len(refused) > 50
     assert num_read + len(refused) > 150
 
@@ -266,47 +287,6 @@ def test_facts_say_what_was_stored(tmp_path: Path) -> None:
     }
     [found] = inspection.report().findings
     assert (found.severity, found.code) == ("note", "dtype")
-
-
-# What each real file is: findings that the policy "error" meets, first one only.
-REAL = {
-    "crlm1004_abdomen_native_slope1_inter-1024_int16": None,
-    "ct_pitch_oblique_uint8": None,
-    "lidc0314_chest_native_z120-139_int16": None,
-    "philips_phantom_4d_2kernels_int16": ("refuse", "unsupported"),
-    "philips_phantom_sheared_sform_tilt-18.5_int16": ("doubt", "form_conflict"),
-    "sts003_ct_f32_qform": None,
-    "sts003_tumour_mask": None,
-    "ts_ct_3mm_int32": None,
-    "ts_ct_3mm_seg62": None,
-    "ts_ct_sm_int16": None,
-    "ts_ct_sm_seg42": None,
-}
-
-
-def test_every_real_file_loads_as_two_readers_do_or_is_refused(real_ct: Path) -> None:
-    sitk = pytest.importorskip("SimpleITK", reason="needs the itk extra")
-    paths = sorted((real_ct / "nifti").glob("*.nii.gz"))
-    assert [path.name.removesuffix(".nii.gz") for path in paths] == sorted(REAL)
-    for path in paths:
-        expected = REAL[path.name.removesuffix(".nii.gz")]
-        if expected:
-            with pytest.raises(FormatError) as caught:
-                read_nifti(path)
-            assert code_of(caught.value) == expected[1]
-            continue
-        volume = read_nifti(path)
-        canonical = nib.as_closest_canonical(nib.load(path))
-        nib_ZYX = np.rint(np.asarray(canonical.dataobj)[::-1, ::-1]).transpose(2, 1, 0)
-        np.testing.assert_array_equal(volume.hu_ZYX, nib_ZYX)
-        _, size_y, size_x = volume.hu_ZYX.shape
-        corner = canonical.affine @ [size_x - 1, size_y - 1, 0, 1]
-        np.testing.assert_allclose(volume.affine[:, 3], corner, atol=1e-3)
-        image = sitk.DICOMOrient(sitk.ReadImage(path), "LPS")
-        np.testing.assert_array_equal(volume.hu_ZYX, np.rint(sitk.GetArrayFromImage(image)))
-        np.testing.assert_allclose(
-            volume.affine[:3, 3], image.GetOrigin() * np.array([-1, -1, 1]), atol=1e-3
-        )
 
 
 def test_the_real_sheared_scan_is_straightened(real_ct: Path) -> None:

@@ -199,8 +199,9 @@ def test_labels_must_be_whole_numbers(tmp_path: Path) -> None:
     path = write(tmp_path, ".nrrd", labels.astype(np.uint8), packed=True)
     np.testing.assert_array_equal(read_itk_labels(path).hu_ZYX, labels)
     path = write(tmp_path, ".nrrd", labels.astype(np.float32) + 0.5, packed=True)
-    with pytest.raises(FormatError, match="not whole numbers"):
+    with pytest.raises(FormatError, match="not whole numbers") as caught:
         read_itk_labels(path)
+    assert (caught.value.field, caught.value.code) == ("voxels", "dtype")
 
 
 def test_a_missing_file_is_an_input_error_without_its_path(tmp_path: Path) -> None:

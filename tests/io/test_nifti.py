@@ -191,8 +191,9 @@ def test_labels_keep_their_numbers_and_must_be_whole(tmp_path: Path) -> None:
         volume = read_nifti_labels(tmp_path / "labels.nii.gz")
         np.testing.assert_array_equal(volume.hu_ZYX, labels.transpose(2, 1, 0))
     path = save(tmp_path / "soft.nii", (labels / 2).astype(np.float32), LPS)
-    with pytest.raises(FormatError, match="labels are not whole"):
+    with pytest.raises(FormatError, match="labels are not whole") as caught:
         read_nifti_labels(path)
+    assert (caught.value.field, caught.value.code) == ("voxels", "dtype")
 
 
 def test_a_missing_file_is_an_input_error_without_its_path(tmp_path: Path) -> None:

@@ -46,6 +46,7 @@ def test_content_decides_where_the_name_is_silent(tmp_path: Path) -> None:
     text.write_text("no scan")
     with pytest.raises(FormatError, match="not NIfTI, NRRD or MetaImage") as caught:
         read_volume(text)
+    assert (caught.value.field, caught.value.code) == ("file", "unsupported")
     assert CANARY not in str(caught.value)
 
 

@@ -32,20 +32,20 @@ def test_values_are_rounded_to_the_nearest_integer() -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "words"),
+    ("values", "words", "code"),
     [
-        ([0.0, np.nan], "NaN or infinite"),
-        ([0.0, -np.inf], "NaN or infinite"),
-        ([0.0, 32767.5], "do not fit"),
-        ([-32768.6, 0.0], "do not fit"),
-        ([1 + 2j], "not real"),
-        ([True], "not real"),
-        ([], "no voxels"),
+        ([0.0, np.nan], "NaN or infinite", "non_finite"),
+        ([0.0, -np.inf], "NaN or infinite", "non_finite"),
+        ([0.0, 32767.5], "do not fit", "hu"),
+        ([-32768.6, 0.0], "do not fit", "hu"),
+        ([1 + 2j], "not real", "dtype"),
+        ([True], "not real", "dtype"),
+        ([], "no voxels", "dims"),
     ],
 )
-def test_values_that_cannot_be_hu_are_refused(values: list[float], words: str) -> None:
+def test_values_that_cannot_be_hu_are_refused(values: list[float], words: str, code: str) -> None:
     with pytest.raises(FormatError, match=words) as caught:
         to_int16(np.array(values), "voxels")
-    assert caught.value.field == "voxels"
+    assert (caught.value.field, caught.value.code) == ("voxels", code)
     with pytest.raises(FormatError, match=r"0\.\.65535 do not fit"):
         to_int16(np.array([0, 65535], np.uint16), "voxels")

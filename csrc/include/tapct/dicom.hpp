@@ -48,10 +48,12 @@ struct DicomScan {
   DicomHeader header;
   std::string field;  // of the error, or empty; `reason` goes on after the words "file 3 of 40"
   std::string reason;
+  std::string code;  // a reason code of io/findings.py, or empty
   int os_error = 0;
 };
 
-inline constexpr std::uint64_t max_dicom_slice = std::uint64_t{1} << 28;  // inflated bytes
+// Inflated bytes: 8192 x 8192 int16 and 4 MiB of header. Growing to it takes half as much again.
+inline constexpr std::uint64_t max_dicom_slice = std::uint64_t{132} << 20;
 
 // Parses one file up to its pixel data. Throws FormatError, or std::system_error for a path.
 DicomScan scan_dicom(const DicomSource& source, std::span<const DicomTag> tags);
