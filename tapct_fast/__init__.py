@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from tapct_fast.io.pack import pack
     from tapct_fast.io.read import check_series, check_volume, read_labels, read_volume
     from tapct_fast.io.store import Store
+    from tapct_fast.io.verify import verify
     from tapct_fast.io.volume import Volume
 
 __version__ = "0.1.0"
