@@ -22,15 +22,18 @@ from pydicom.uid import UID, ExplicitVRLittleEndian
 
 from bench.chest import tiled_chest
 from bench.harness import start, time_ms, version
-from tapct_fast.io.dicom import read_series
+from tapct_fast.io.dicom.read import read_series
 from tapct_fast.io.findings import Inspection
 from tapct_fast.io.read import check_is_hu, read_volume
 
 Hu = NDArray[np.int16]
 SOURCES = [
     *(f"csrc/{name}" for name in ("file.cpp", "dicom.cpp", "dicom_pixels.cpp", "bindings.cpp")),
-    *(f"tapct_fast/io/dicom{part}.py" for part in ("", "_fields", "_file", "_series", "_slice")),
-    *(f"tapct_fast/io/{name}.py" for name in ("read", "slices", "orient")),
+    *(
+        f"tapct_fast/io/dicom/{n}.py"
+        for n in ("fields", "file", "read", "series", "slice", "stack")
+    ),
+    *(f"tapct_fast/io/{name}.py" for name in ("read", "orient")),
 ]
 CT_IMAGE = UID("1.2.840.10008.5.1.4.1.1.2")
 

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from tapct_fast import _native
 from tapct_fast.errors import FormatError, InputError, Policy
-from tapct_fast.io.archive import is_zip
-from tapct_fast.io.dicom import read_series
-from tapct_fast.io.dicom_file import DICOM_SUFFIXES
+from tapct_fast.io.dicom.archive import is_zip
+from tapct_fast.io.dicom.file import DICOM_SUFFIXES
+from tapct_fast.io.dicom.read import read_series
 from tapct_fast.io.findings import Inspection, Report
 from tapct_fast.io.itk import read_itk, read_itk_labels
 from tapct_fast.io.nifti import read_nifti, read_nifti_labels
@@ -48,7 +48,7 @@ def read_volume(
     Args:
         path: A ``.nii``, ``.nii.gz``, ``.nrrd``, ``.nhdr``, ``.mha`` or ``.mhd`` file, or a folder
             or zip archive with the slices of a DICOM series.
-        series: Which series of a DICOM folder with several; see ``io.dicom.list_series``.
+        series: Which series of a DICOM folder with several; see ``io.dicom.read.list_series``.
         check_hu: Doubt values which cannot be Hounsfield units.
         policy: What becomes of doubts and of damage that can be repaired: ``error`` refuses both,
             ``warn`` keeps doubtful scans as they are, ``repair`` also mends; see ``io.findings``.

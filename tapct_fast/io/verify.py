@@ -25,7 +25,7 @@ from tqdm import tqdm
 from tapct_fast.errors import FormatError, InputError, Policy, StoreError
 from tapct_fast.io.atomic import write_json
 from tapct_fast.io.case_id import case_id, ensure_key
-from tapct_fast.io.dicom import list_series
+from tapct_fast.io.dicom.read import list_series
 from tapct_fast.io.findings import Report
 from tapct_fast.io.read import check_volume, find_scans, is_series
 

@@ -17,7 +17,7 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian
 
 from tapct_fast.errors import FormatError
-from tapct_fast.io.dicom import read_series
+from tapct_fast.io.dicom.read import read_series
 from tapct_fast.io.findings import Inspection, Report
 from tapct_fast.io.volume import Volume
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from tapct_fast.errors import FormatError, InputError
-from tapct_fast.io.archive import Archive, is_zip
+from tapct_fast.io.dicom.archive import Archive, is_zip
 
 CANARY = "CANARY"
 NOISE = np.random.default_rng(0).bytes(3_000_000)
@@ -341,7 +341,7 @@ BOMB = """
 import resource, sys, time
 from pathlib import Path
 from tapct_fast.errors import FormatError
-from tapct_fast.io.archive import Archive
+from tapct_fast.io.dicom.archive import Archive
 before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
 try:
     with Archive(Path(sys.argv[1])) as archive:

@@ -26,7 +26,7 @@ from pydicom.dataset import Dataset
 from pydicom.uid import ExplicitVRBigEndian, RLELossless
 
 from tapct_fast.errors import InputError, TapctError
-from tapct_fast.io.dicom import list_series, read_series
+from tapct_fast.io.dicom.read import list_series, read_series
 
 
 def unchanged(_z: int, _dataset: Dataset) -> None:

@@ -11,7 +11,7 @@ from pydicom import dcmread
 from pydicom.uid import RLELossless
 
 from tapct_fast.errors import FormatError
-from tapct_fast.io.dicom import read_series
+from tapct_fast.io.dicom.read import read_series
 
 
 def _deep(num: int, is_endless: bool) -> bytes:

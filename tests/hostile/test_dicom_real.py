@@ -9,7 +9,7 @@ from pydicom import dcmread
 from pydicom.encaps import encapsulate, generate_frames
 
 from tapct_fast.errors import FormatError
-from tapct_fast.io.dicom import list_series, read_series
+from tapct_fast.io.dicom.read import list_series, read_series
 
 
 @pytest.mark.parametrize("syntax", ["jpegls", "j2k", "jpll", "rle", "deflate", "explicit"])

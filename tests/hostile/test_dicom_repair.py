@@ -27,7 +27,7 @@ from pydicom.uid import RLELossless
 
 from tapct_fast import _native
 from tapct_fast.errors import FormatError, InputError
-from tapct_fast.io.dicom import list_series, read_series
+from tapct_fast.io.dicom.read import list_series, read_series
 from tapct_fast.io.findings import Inspection
 from tapct_fast.io.read import check_series, read_volume
 

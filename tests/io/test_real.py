@@ -13,7 +13,7 @@ import SimpleITK as sitk
 from pydicom import dcmread
 
 from tapct_fast.errors import FormatError, Policy
-from tapct_fast.io.dicom import list_series
+from tapct_fast.io.dicom.read import list_series
 from tapct_fast.io.findings import code_of
 from tapct_fast.io.read import check_volume, read_volume
 from tapct_fast.io.volume import Volume

@@ -11,9 +11,9 @@ from pathlib import Path, PurePosixPath
 
 from tapct_fast import _native
 from tapct_fast.errors import FormatError, InputError
-from tapct_fast.io.archive import Archive
-from tapct_fast.io.dicom_fields import TAGS, Header, decode, text_of
-from tapct_fast.io.dicom_frames import read_multi_frame
+from tapct_fast.io.dicom.archive import Archive
+from tapct_fast.io.dicom.fields import TAGS, Header, decode, text_of
+from tapct_fast.io.dicom.frames import read_multi_frame
 
 CT_IMAGE = "1.2.840.10008.5.1.4.1.1.2"
 MULTI_FRAME_CT = ("1.2.840.10008.5.1.4.1.1.2.1", "1.2.840.10008.5.1.4.1.1.2.2")

@@ -23,15 +23,15 @@ from typing import Self
 import numpy as np
 
 from tapct_fast.errors import FormatError, InputError
-from tapct_fast.io.dicom_codec import (
+from tapct_fast.io.dicom.codec import (
     LENIENT_SYNTAXES,
     FrameJob,
     Pixels,
     check_decoder,
     decode_frame,
 )
-from tapct_fast.io.dicom_errors import silence_pydicom
-from tapct_fast.io.dicom_worker import read_message, write_message
+from tapct_fast.io.dicom.errors import silence_pydicom
+from tapct_fast.io.dicom.worker import read_message, write_message
 
 # A worker starts in 0.4 s, in which one core decodes 10 MB of JPEG 2000 (25 MB/s) or 24 MB of
 # JPEG-LS (60 MB/s): two workers begin to win at about twice that.
@@ -43,7 +43,7 @@ _MAX_AHEAD = 2  # frames per worker decoded before they are asked for
 
 # The child finds the package as this process does, also where PYTHONPATH says nothing of it.
 _CHILD = (
-    "import sys; sys.path[:] = sys.argv[1:]; from tapct_fast.io.dicom_worker import main; main()"
+    "import sys; sys.path[:] = sys.argv[1:]; from tapct_fast.io.dicom.worker import main; main()"
 )
 
 

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from tapct_fast.errors import FormatError
-from tapct_fast.io.dicom_codec import FrameJob, Pixels
-from tapct_fast.io.dicom_errors import damage, silence_pydicom
+from tapct_fast.io.dicom.codec import FrameJob, Pixels
+from tapct_fast.io.dicom.errors import damage, silence_pydicom
 from tapct_fast.io.volume import MAX_VOXELS
 
 if TYPE_CHECKING:

@@ -17,10 +17,10 @@ from pydicom.pixels.utils import pixel_array
 from pydicom.uid import ExplicitVRLittleEndian, JPEGLSLossless, RLELossless
 
 from tapct_fast.errors import FormatError, InputError
-from tapct_fast.io import dicom_decode
-from tapct_fast.io.dicom_codec import FrameJob, decode_frame, single_stream, stream_size
-from tapct_fast.io.dicom_decode import DecoderPool, decode_frames
-from tapct_fast.io.dicom_worker import read_message, write_message
+from tapct_fast.io.dicom import decode
+from tapct_fast.io.dicom.codec import FrameJob, decode_frame, single_stream, stream_size
+from tapct_fast.io.dicom.decode import DecoderPool, decode_frames
+from tapct_fast.io.dicom.worker import read_message, write_message
 
 ROWS, COLUMNS = 24, 20
 HU_ZYX = np.random.default_rng(0).integers(-1024, 2000, (6, ROWS, COLUMNS), np.int16)
@@ -267,7 +267,7 @@ def test_a_worker_killed_between_frames_is_replaced_and_its_frame_decoded() -> N
             np.testing.assert_array_equal(next(frames), HU_ZYX[z % 6])
 
 
-CRASH = "import os, sys; from tapct_fast.io import dicom_worker as w; {}; w.main()"
+CRASH = "import os, sys; from tapct_fast.io.dicom import worker as w; {}; w.main()"
 
 
 @pytest.mark.parametrize(
@@ -288,9 +288,9 @@ def test_a_decoder_that_crashes_or_hangs_costs_one_frame_and_not_the_caller(
     monkeypatch: pytest.MonkeyPatch, fault: str, words: str
 ) -> None:
     monkeypatch.setattr(
-        dicom_decode, "_CHILD", "import sys; sys.path[:] = sys.argv[1:]; " + CRASH.format(fault)
+        decode, "_CHILD", "import sys; sys.path[:] = sys.argv[1:]; " + CRASH.format(fault)
     )
-    monkeypatch.setattr(dicom_decode, "_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(decode, "_TIMEOUT_S", 1.0)
     with DecoderPool(1) as pool:
         frames = pool.decode(jobs()[:1])
         with pytest.raises(FormatError, match=f"file 1 of 6 {words}") as caught:
@@ -302,7 +302,7 @@ def test_a_decoder_that_crashes_or_hangs_costs_one_frame_and_not_the_caller(
 
 
 def test_a_worker_that_cannot_start_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dicom_decode, "_CHILD", "raise SystemExit")
+    monkeypatch.setattr(decode, "_CHILD", "raise SystemExit")
     with pytest.raises(InputError, match="workers=0"):
         list(decode_frames(jobs(), workers=1))
 
@@ -320,8 +320,8 @@ def test_closing_ends_every_worker_also_in_the_middle_of_a_series() -> None:
 PARENT = """
 import sys, time
 sys.path[:] = sys.argv[1:]
-from tapct_fast.io.dicom_codec import FrameJob
-from tapct_fast.io.dicom_decode import DecoderPool
+from tapct_fast.io.dicom.codec import FrameJob
+from tapct_fast.io.dicom.decode import DecoderPool
 pool = DecoderPool(1)
 print(pool._start().process.pid, flush=True)
 time.sleep(600)
@@ -340,9 +340,9 @@ def test_workers_end_when_the_parent_is_killed() -> None:
 
 
 def test_a_small_series_starts_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dicom_decode, "_CHILD", "raise SystemExit")
+    monkeypatch.setattr(decode, "_CHILD", "raise SystemExit")
     np.testing.assert_array_equal(np.stack(list(decode_frames(jobs()))), HU_ZYX)
-    monkeypatch.setattr(dicom_decode, "MIN_PARALLEL_BYTES", 6 * ROWS * COLUMNS * 2)
+    monkeypatch.setattr(decode, "MIN_PARALLEL_BYTES", 6 * ROWS * COLUMNS * 2)
     with pytest.raises(InputError, match="could not start"):
         list(decode_frames(jobs()))
 

@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tapct_fast.errors import FormatError
-from tapct_fast.io.dicom_fields import integer_of, numbers_of, text_of
-from tapct_fast.io.dicom_file import DicomFile, frames_of
-from tapct_fast.io.dicom_slice import (
+from tapct_fast.io.dicom.fields import integer_of, numbers_of, text_of
+from tapct_fast.io.dicom.file import DicomFile, frames_of
+from tapct_fast.io.dicom.slice import (
     SLICE_FIELDS,
     check_slice,
     is_localizer,
@@ -23,10 +23,10 @@ from tapct_fast.io.dicom_slice import (
     read_slices,
     syntax_of,
 )
+from tapct_fast.io.dicom.stack import SliceStack, stack_slices
 from tapct_fast.io.findings import Inspection
 from tapct_fast.io.orient import Affine, spacing_of, to_lps
 from tapct_fast.io.regrid import AIR_HU, even_grid
-from tapct_fast.io.slices import SliceStack, stack_slices
 from tapct_fast.io.volume import MAX_VOXELS, Volume
 
 # Slices of one scan agree on these.

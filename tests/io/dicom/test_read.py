@@ -7,7 +7,7 @@ import pytest
 import SimpleITK as sitk
 from pydicom import dcmread
 
-from tapct_fast.io.dicom import list_series, read_series
+from tapct_fast.io.dicom.read import list_series, read_series
 
 SYNTAXES = ("explicit", "deflate", "rle", "jpegls", "j2k", "jpll")
 

@@ -19,8 +19,8 @@ from pydicom.uid import (
 )
 
 from tapct_fast.errors import FormatError
-from tapct_fast.io.dicom_decode import decode_frames
-from tapct_fast.io.dicom_frames import MAX_FRAMES, read_multi_frame
+from tapct_fast.io.dicom.decode import decode_frames
+from tapct_fast.io.dicom.frames import MAX_FRAMES, read_multi_frame
 
 CANARY = "CANARY"
 NUM, ROWS, COLUMNS = 5, 12, 10

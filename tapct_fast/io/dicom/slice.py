@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 from tapct_fast import _native
 from tapct_fast.errors import FormatError
-from tapct_fast.io.dicom_codec import FrameJob
-from tapct_fast.io.dicom_decode import decode_frames
-from tapct_fast.io.dicom_fields import SYNTAXES, Header, Syntax, integer_of, numbers_of, text_of
-from tapct_fast.io.dicom_file import CT_IMAGE, DicomFile
+from tapct_fast.io.dicom.codec import FrameJob
+from tapct_fast.io.dicom.decode import decode_frames
+from tapct_fast.io.dicom.fields import SYNTAXES, Header, Syntax, integer_of, numbers_of, text_of
+from tapct_fast.io.dicom.file import CT_IMAGE, DicomFile
 
 MAX_MATRIX = 8192  # rows or columns; scanners reconstruct up to 2048
 

@@ -1,7 +1,7 @@
 """Decode one compressed DICOM frame, after checking that its stream is what the header says.
 
 JPEG lossless has neither a checksum nor a strict decoder: of a stream whose entropy-coded part is
-cut GDCM makes a picture and only prints a complaint, which the worker process (``dicom_worker``)
+cut GDCM makes a picture and only prints a complaint, which the worker process (``worker.py``)
 reads.
 
 Shape suffixes: S rows or columns as stored.
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tapct_fast.errors import FormatError, InputError
-from tapct_fast.io.dicom_errors import damage, silence_pydicom
+from tapct_fast.io.dicom.errors import damage, silence_pydicom
 
 Pixels = NDArray[np.integer[Any]]  # int16 or uint16
 

@@ -3,7 +3,7 @@ import re
 import numpy as np
 import pytest
 
-from tapct_fast.io.slices import stack_slices
+from tapct_fast.io.dicom.stack import stack_slices
 
 
 def oblique_stack(num: int, step_mm: float, angle_deg: float = 20.0):

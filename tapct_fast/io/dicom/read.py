@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tapct_fast.errors import FormatError, InputError
-from tapct_fast.io.dicom_fields import integer_of, text_of
-from tapct_fast.io.dicom_file import (
+from tapct_fast.io.dicom.fields import integer_of, text_of
+from tapct_fast.io.dicom.file import (
     CT_IMAGE,
     MULTI_FRAME_CT,
     DicomFile,
     num_threads,
     open_files,
 )
-from tapct_fast.io.dicom_series import read_volume_of, stack_of
-from tapct_fast.io.dicom_slice import is_localizer
+from tapct_fast.io.dicom.series import read_volume_of, stack_of
+from tapct_fast.io.dicom.slice import is_localizer
 from tapct_fast.io.findings import Inspection
 from tapct_fast.io.orient import spacing_of
 from tapct_fast.io.volume import Volume

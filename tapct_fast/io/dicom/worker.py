@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from tapct_fast.errors import FormatError, InputError
-from tapct_fast.io.dicom_codec import LENIENT_SYNTAXES, MAX_STREAM_BYTES, FrameJob, decode_frame
+from tapct_fast.io.dicom.codec import LENIENT_SYNTAXES, MAX_STREAM_BYTES, FrameJob, decode_frame
 
 _MAX_LINE_BYTES = 4096
 _MAX_MEMORY_BYTES = 2**31  # beyond the libraries; JPEG 2000 of 8192 x 8192 needs about 0.8 GB
