@@ -116,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             run.write(
                 case,
                 "cpu",
-                time_ms(calls, device="cpu", rounds=3 if run.is_tiny else 7),
+                time_ms(calls, device="cpu", rounds=3 if run.is_tiny else 5),
                 bytes=num_files * volume.hu_ZYX.nbytes,
                 file_bytes=num_files * path.stat().st_size,
                 verified="pixel values within one step of bfloat16",

@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     hu_ZYX = volume.hu_ZYX
     size = "x".join(map(str, hu_ZYX.shape))
     lps, ras = np.diag([-0.78, -0.78, 1.0, 1.0]), np.diag([0.78, 0.78, 1.0, 1.0])
-    rounds = 3 if run.is_tiny else 11
+    rounds = 3 if run.is_tiny else 5
     facts = {
         "inflate": _native.inflate_backend(),
         **{name.lower(): version(name) for name in ("medrs", "monai", "nibabel", "SimpleITK")},

@@ -3,9 +3,11 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <array>
 #include <cstdint>
 #include <limits>
 #include <memory>
+#include <mutex>
 #include <new>
 #include <utility>
 
@@ -47,6 +49,59 @@ std::byte* map_aligned(std::size_t size) {
   return start + head;
 }
 
+// Blocks that were released and may be taken again. The system takes them back when it is short of
+// memory (MADV_FREE); until then their pages need no faulting in.
+class Kept {
+ public:
+  struct Block {
+    std::byte* bytes = nullptr;
+    std::size_t size = 0;
+  };
+
+  // A block of at least `size` bytes and not of much more; an empty one where there is none.
+  Block take(std::size_t size) noexcept {
+    // Not waiting: after a fork the lock may be held by a thread that is not there.
+    const std::unique_lock lock(mutex_, std::try_to_lock);
+    if (!lock) {
+      return {};
+    }
+    for (Block& block : blocks_) {
+      if (block.size >= size && block.size / 2 <= size) {
+        return std::exchange(block, {});
+      }
+    }
+    return {};
+  }
+
+  void give(Block block) noexcept {
+#ifdef MADV_FREE
+    const std::unique_lock lock(mutex_, std::try_to_lock);
+    if (lock && block.size <= largest_kept && ::madvise(block.bytes, block.size, MADV_FREE) == 0) {
+      std::swap(block, blocks_[next_]);  // the oldest makes room
+      next_ = (next_ + 1) % blocks_.size();
+    }
+#endif
+    if (block.bytes != nullptr) {
+      ::munmap(block.bytes, block.size);
+    }
+  }
+
+ private:
+  // A loop that reads scans holds the last one while it reads the next, in a few threads.
+  static constexpr std::size_t most_kept = 4;
+  static constexpr std::size_t largest_kept = std::size_t{1} << 30;
+
+  std::mutex mutex_;
+  std::array<Block, most_kept> blocks_{};
+  std::size_t next_ = 0;
+};
+
+// Never destroyed: Python may release a buffer after the library's static objects are gone.
+Kept& kept() {
+  static Kept& only = *new Kept;
+  return only;
+}
+
 }  // namespace
 
 Buffer::Buffer(std::size_t size) : size_(size) {
@@ -57,17 +112,24 @@ Buffer::Buffer(std::size_t size) : size_(size) {
   if (size > std::numeric_limits<std::size_t>::max() / 2) {
     throw std::bad_alloc();
   }
+  const Kept::Block block = kept().take(rounded_up(size, page_size()));
+  if (block.bytes != nullptr) {
+    bytes_ = block.bytes;
+    mapped_ = block.size;
+    return;
+  }
   mapped_ = rounded_up(size, page_size());
   bytes_ = map_aligned(mapped_);
 }
 
 void Buffer::shrink(std::size_t size) noexcept {
   size_ = size < size_ ? size : size_;
-  const std::size_t kept = rounded_up(size_ == 0 ? 1 : size_, page_size());
-  if (kept < mapped_) {
-    ::munmap(bytes_ + kept, mapped_ - kept);
-    mapped_ = kept;
+#ifdef MADV_FREE
+  const std::size_t used = rounded_up(size_, page_size());
+  if (used < mapped_) {
+    ::madvise(bytes_ + used, mapped_ - used, MADV_FREE);
   }
+#endif
 }
 
 void Buffer::swap(Buffer& other) noexcept {
@@ -78,7 +140,7 @@ void Buffer::swap(Buffer& other) noexcept {
 
 void Buffer::release() noexcept {
   if (mapped_ != 0) {
-    ::munmap(bytes_, mapped_);
+    kept().give({bytes_, mapped_});
   } else {
     std::unique_ptr<std::byte[]>{bytes_}.reset();
   }
