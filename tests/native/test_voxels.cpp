@@ -1,5 +1,8 @@
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <array>
+#include <cstring>
 #include <stdexcept>
 
 #include "check.hpp"
@@ -83,4 +86,29 @@ TEST(a_parallel_loop_does_each_item_once_and_hands_errors_on) {
     const auto fail = [](std::size_t) { throw std::runtime_error("item"); };
     CHECK_THROWS(std::runtime_error, "item", (tapct::parallel_for(9, threads, fail), 0));
   }
+}
+
+TEST(a_released_block_serves_the_next_buffer_of_its_size_only) {
+  constexpr std::size_t size = std::size_t{48} << 20;
+  const std::byte* first = nullptr;
+  {
+    tapct::Buffer buffer(size);
+    std::memset(buffer.span().data(), 7, size);
+    first = buffer.span().data();
+  }
+  {
+    tapct::Buffer other(size / 4);  // would waste three quarters of it
+    CHECK(other.span().data() != first);
+  }
+  tapct::Buffer again(size - 100);
+  CHECK(again.size() == size - 100);
+#ifdef MADV_FREE
+  CHECK(again.span().data() == first);
+#endif
+  tapct::Buffer second(size);  // while the first is in use
+  CHECK(second.span().data() != first);
+  std::memset(again.span().data(), 1, again.size());
+  std::memset(second.span().data(), 2, size);
+  CHECK(again.span().front() == std::byte{1});
+  CHECK(again.span().back() == std::byte{1});
 }
