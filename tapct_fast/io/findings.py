@@ -109,11 +109,6 @@ class Inspection:
         self._findings: list[Finding] = []
         self.facts: dict[str, Any] = {}
 
-    @property
-    def repairs(self) -> bool:
-        """Whether damage that can be mended is to be mended."""
-        return self._policy == "repair"
-
     def note(self, code: Code, field: str, reason: str) -> None:
         """Record what is worth knowing."""
         self._add("note", code, field, reason)

@@ -79,25 +79,6 @@ def check_decoder(syntax: str, place: str) -> None:
         raise InputError("no decoder for this series' compression: pip install 'tapct-fast[dicom]'")
 
 
-def single_stream(pixel_data: bytes, place: str) -> bytes:
-    """Return the one compressed frame of an encapsulated PixelData value.
-
-    Raises:
-        FormatError: The value is damaged or holds another number of images.
-    """
-    from pydicom.encaps import generate_frames
-
-    try:
-        frames = list(generate_frames(pixel_data, number_of_frames=1))
-    except damage():
-        raise FormatError(
-            "PixelData", f"{place} cannot be decoded; it is damaged", "integrity"
-        ) from None
-    if len(frames) != 1:
-        raise FormatError("PixelData", f"{place} holds {len(frames)} images, not one", "integrity")
-    return bytes(frames[0])
-
-
 def decode_frame(job: FrameJob) -> Pixels:
     """Decode one frame in this process.
 
