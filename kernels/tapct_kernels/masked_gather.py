@@ -19,6 +19,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tapct_kernels.tuning import Config, config_for
+
+# Several rows per program keep several 16-byte loads in flight.
+FORWARD_CONFIGS: tuple[Config, ...] = (
+    {"BLOCK_M": 4, "num_warps": 4},
+    {"BLOCK_M": 2, "num_warps": 4},
+    {"BLOCK_M": 1, "num_warps": 1},
+)
+BACKWARD_CONFIGS: tuple[Config, ...] = (
+    {"BLOCK_M": 4, "num_warps": 4},
+    {"BLOCK_M": 2, "num_warps": 4},
+    {"BLOCK_M": 4, "num_warps": 8},
+)
+
 
 def _check(
     x_NTD: Tensor, index_M: Tensor, weight_D: Tensor, bias_D: Tensor, num_prefix: int
@@ -60,8 +74,8 @@ def _forward_kernel(
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
     d = tl.arange(0, BLOCK_D)[None, :]
     inside = (m < M) & (d < D)
-    i = tl.load(index_ptr + m, mask=m < M, other=0)
-    row = i // L * (R + L) + R + i % L
+    i = tl.load(index_ptr + m, mask=m < M, other=0).to(tl.int32)  # 64-bit divisions are calls
+    row = (i // L * (R + L) + R + i % L).to(tl.int64)
     x = tl.load(x_ptr + row * D + d, mask=inside, other=0.0).to(tl.float32)
     centred = tl.where(d < D, x - tl.sum(x, axis=1)[:, None] / D, 0.0)
     rstd = tl.rsqrt(tl.sum(centred * centred, axis=1)[:, None] / D + eps)
@@ -84,8 +98,8 @@ def _backward_kernel(
     for tile in range(split, num_tiles, tl.num_programs(0)):
         m = tile * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)[:, None]
         inside = (m < M) & (d < D)
-        i = tl.load(index_ptr + m, mask=m < M, other=0)
-        row = i // L * (R + L) + R + i % L
+        i = tl.load(index_ptr + m, mask=m < M, other=0).to(tl.int32)
+        row = (i // L * (R + L) + R + i % L).to(tl.int64)
         x = tl.load(x_ptr + row * D + d, mask=inside, other=0.0).to(tl.float32)
         g = tl.load(grad_ptr + m * D + d, mask=inside, other=0.0).to(tl.float32)
         # The statistics are recomputed: the row is read anyway, and nothing has to be saved.
@@ -114,13 +128,12 @@ def _forward_triton(
     out_MD = x_NTD.new_empty(M, D)
     if M == 0:
         return out_MD
-    block_M, block_D = 4, triton.next_power_of_2(D)  # 4 rows: several 16-byte loads in flight
-    _forward_kernel[(triton.cdiv(M, block_M),)](
+    config = config_for("masked_gather.forward", D, FORWARD_CONFIGS)
+    _forward_kernel[(triton.cdiv(M, config["BLOCK_M"]),)](
         *(x_NTD.contiguous(), index_M.contiguous(), weight_D.contiguous(), bias_D.contiguous()),
         *(out_MD, M, T - num_prefix, D, num_prefix, eps),
-        BLOCK_M=block_M,
-        BLOCK_D=block_D,
-        num_warps=4,
+        BLOCK_D=triton.next_power_of_2(D),
+        **config,
     )
     return out_MD
 
@@ -131,8 +144,8 @@ def _backward_triton(
     if x_NTD.dtype == torch.float64:  # as in the forward
         return _backward_ref(grad_MD, x_NTD, index_M, weight_D, num_prefix, eps)
     (M,), (_, T, D) = index_M.shape, x_NTD.shape
-    block_M, block_D = 4, triton.next_power_of_2(D)
-    num_tiles = triton.cdiv(M, block_M)
+    config = config_for("masked_gather.backward", D, BACKWARD_CONFIGS)
+    num_tiles = triton.cdiv(M, config["BLOCK_M"])
     splits = max(1, min(num_tiles, 256))  # two programs per multiprocessor of an H200
     grad_x_NTD = torch.zeros_like(x_NTD, memory_format=torch.contiguous_format)
     weight_SD = x_NTD.new_empty(splits, D, dtype=torch.float32)
@@ -140,9 +153,8 @@ def _backward_triton(
     _backward_kernel[(splits,)](
         *(grad_MD.contiguous(), x_NTD.contiguous(), index_M.contiguous(), weight_D.contiguous()),
         *(grad_x_NTD, weight_SD, bias_SD, M, T - num_prefix, D, num_prefix, eps, num_tiles),
-        BLOCK_M=block_M,
-        BLOCK_D=block_D,
-        num_warps=4,
+        BLOCK_D=triton.next_power_of_2(D),
+        **config,
     )
     return grad_x_NTD, weight_SD.sum(0), bias_SD.sum(0)
 

@@ -24,6 +24,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tapct_kernels.tuning import Config, config_for
+
+# 128 x 128 takes 8 warps: 4 spill at this size.
+FORWARD_CONFIGS: tuple[Config, ...] = (
+    {"BLOCK_N": 128, "BLOCK_D": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3},
+    {"BLOCK_N": 64, "BLOCK_D": 128, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
+    {"BLOCK_N": 64, "BLOCK_D": 128, "BLOCK_K": 128, "num_warps": 4, "num_stages": 2},
+    {"BLOCK_N": 128, "BLOCK_D": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
+)
+WEIGHT_GRAD_CONFIGS: tuple[Config, ...] = (
+    {"BLOCK_N": 64, "BLOCK_D": 128, "BLOCK_K": 128, "num_warps": 8, "num_stages": 3},
+    {"BLOCK_N": 64, "BLOCK_D": 128, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
+    {"BLOCK_N": 128, "BLOCK_D": 128, "BLOCK_K": 128, "num_warps": 8, "num_stages": 2},
+)
+
 
 def _check(
     x_BZYX: Tensor,
@@ -110,11 +125,12 @@ def _voxel_tile(
     Y: tl.constexpr, X: tl.constexpr,
     PZ: tl.constexpr, PY: tl.constexpr, PX: tl.constexpr, IS_HU: tl.constexpr,
 ):  # fmt: skip
-    """Load voxel k of patch row n, for index tiles that broadcast; 0 outside both edges."""
+    """Load voxel k of int32 patch row n, for index tiles that broadcast; 0 outside both edges."""
     gx = n % (X // PX)
     gy = n // (X // PX) % (Y // PY)
     bz = n // ((X // PX) * (Y // PY))  # volume and depth row at once: volumes are whole patches
-    offset = (bz * PZ + k // (PY * PX)) * (Y * X) + (gy * PY + k // PX % PY) * X + gx * PX + k % PX
+    inner = k // (PY * PX) * (Y * X) + (gy * PY + k // PX % PY) * X + gx * PX + k % PX
+    offset = bz.to(tl.int64) * (PZ * Y * X) + inner  # a batch of volumes passes 2**31 voxels
     inside = (n < N) & (k < PZ * PY * PX)
     v = tl.load(x_ptr + offset, mask=inside, other=0).to(tl.float32)
     if IS_HU:
@@ -138,8 +154,8 @@ def _forward_kernel(
     d = (tl.program_id(0) % num_tiles_D) * BLOCK_D + tl.arange(0, BLOCK_D)[:, None]
     tile = tl.program_id(0) // num_tiles_D
     if tile < num_tiles:
-        # int64: a batch of volumes passes 2**31 voxels
-        n = tile.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+        # Rows are int32, for 64-bit divisions are calls; their offsets are int64.
+        n = tile * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
         inside = (n < N) & (d < D)
         acc = tl.zeros((BLOCK_D, BLOCK_N), tl.float32)
         for k0 in range(0, K, BLOCK_K):
@@ -155,13 +171,13 @@ def _forward_kernel(
             token = tl.load(mask_token_ptr + d, mask=d < D, other=0.0).to(tl.float32)
             acc = tl.where(is_masked, token, acc)
         acc += tl.load(pos_ptr + n % L * D + d, mask=inside, other=0.0).to(tl.float32)
-        out = out_ptr + (n // L * (R + L) + R + n % L) * D + d
+        out = out_ptr + (n // L * (R + L) + R + n % L).to(tl.int64) * D + d
         tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=inside)
     elif R > 0:
-        m = (tile - num_tiles).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+        m = (tile - num_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
         inside = (m < N // L * R) & (d < D)
         row = tl.load(prefix_ptr + m % R * D + d, mask=inside, other=0.0)
-        out = out_ptr + (m // R * (R + L) + m % R) * D + d
+        out = out_ptr + (m // R * (R + L) + m % R).to(tl.int64) * D + d
         tl.store(out, row.to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -177,7 +193,7 @@ def _weight_grad_kernel(
     K: tl.constexpr = PZ * PY * PX
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)[:, None]
     k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
-    split = tl.program_id(2).to(tl.int64)
+    split = tl.program_id(2)
     acc = tl.zeros((BLOCK_D, BLOCK_K), tl.float32)
     for n0 in range(0, ROWS, BLOCK_N):
         n = split * ROWS + n0 + tl.arange(0, BLOCK_N)
@@ -185,11 +201,11 @@ def _weight_grad_kernel(
         kept = g_n < N
         if HAS_MASK:
             kept = kept & (tl.load(mask_ptr + g_n, mask=kept, other=1) == 0)
-        row = g_n // L * (R + L) + R + g_n % L
+        row = (g_n // L * (R + L) + R + g_n % L).to(tl.int64)
         g = tl.load(grad_ptr + row * D + d, mask=kept & (d < D), other=0.0)
         v = _voxel_tile(x_ptr, n[:, None], k, N, low, high, mean, std, Y, X, PZ, PY, PX, IS_HU)
         acc = tl.dot(g, v.to(g.dtype), acc, input_precision="ieee")
-    tl.store(out_SDK_ptr + (split * D + d) * K + k, acc, mask=(d < D) & (k < K))
+    tl.store(out_SDK_ptr + (split.to(tl.int64) * D + d) * K + k, acc, mask=(d < D) & (k < K))
 
 
 @triton.jit
@@ -226,6 +242,12 @@ def _block(size: int, largest: int) -> int:
     return min(largest, max(16, block))  # 16: the smallest side of a dot
 
 
+def _clamped(config: Config, N: int, D: int, K: int) -> dict[str, int]:
+    """Return the configuration with no block larger than its side needs."""
+    sizes = {"BLOCK_N": N, "BLOCK_D": D, "BLOCK_K": K}
+    return {**config, **{name: _block(size, config[name]) for name, size in sizes.items()}}
+
+
 def _geometry(x_BZYX: Tensor, patch_zyx: Sequence[int]) -> dict[str, int | bool]:
     names = ("Y", "X", "PZ", "PY", "PX")
     sizes = dict(zip(names, (*x_BZYX.shape[2:], *patch_zyx), strict=True))
@@ -250,10 +272,10 @@ def _forward_triton(
     x_BZYX = x_BZYX.contiguous()
     (D, K), L, R, B = weight_DK.shape, pos_LD.shape[0], prefix_RD.shape[0], x_BZYX.shape[0]
     out_BTD = pos_LD.new_empty(B, R + L, D)
-    # 128 x 128 with 8 warps: 4 warps spill at this size
-    block_N, block_D = _block(B * L, 128), _block(D, 128)
+    config = _clamped(config_for("patch_embed.forward", D, FORWARD_CONFIGS), B * L, D, K)
+    block_N = config["BLOCK_N"]
     num_tiles = triton.cdiv(B * L, block_N)
-    grid = ((num_tiles + triton.cdiv(B * R, block_N)) * triton.cdiv(D, block_D),)
+    grid = ((num_tiles + triton.cdiv(B * R, block_N)) * triton.cdiv(D, config["BLOCK_D"]),)
     _forward_kernel[grid](
         x_BZYX,
         weight_DK.contiguous(),
@@ -267,11 +289,7 @@ def _forward_triton(
         **_geometry(x_BZYX, patch_zyx),
         R=R,
         HAS_MASK=mask_BL is not None,
-        BLOCK_N=block_N,
-        BLOCK_D=block_D,
-        BLOCK_K=_block(K, 64),
-        num_warps=8,
-        num_stages=3,
+        **config,
     )
     return out_BTD
 
@@ -295,22 +313,19 @@ def _backward_triton(
     has_mask = mask_BL is not None
 
     # Two stages, both in a fixed order: at most 32 splits keep the partial sums below 25 MB.
-    block_N, block_D, block_K = _block(N, 64), _block(D, 128), _block(K, 128)
-    rows = max(block_N, triton.next_power_of_2(triton.cdiv(N, 32)))
+    config = _clamped(config_for("patch_embed.weight_grad", D, WEIGHT_GRAD_CONFIGS), N, D, K)
+    rows = max(config["BLOCK_N"], triton.next_power_of_2(triton.cdiv(N, 32)))
     splits = triton.cdiv(N, rows)
     weight_SDK = grad_BTD.new_empty(splits, D, K, dtype=torch.float32)
-    _weight_grad_kernel[(triton.cdiv(D, block_D), triton.cdiv(K, block_K), splits)](
+    grid = (triton.cdiv(D, config["BLOCK_D"]), triton.cdiv(K, config["BLOCK_K"]), splits)
+    _weight_grad_kernel[grid](
         # Cast here and not in the kernel: its left operand then comes from memory, see the forward.
         *(grad_BTD.to(weight_DK.dtype), x_BZYX, mask, weight_SDK, N, L, D, *hu),
         **geometry,
         R=T - L,
         HAS_MASK=has_mask,
         ROWS=rows,
-        BLOCK_N=block_N,
-        BLOCK_D=block_D,
-        BLOCK_K=block_K,
-        num_warps=8,
-        num_stages=3,
+        **config,
     )
     block_T, block_D = 8, _block(D, 128)
     tiles = triton.cdiv(T, block_T)

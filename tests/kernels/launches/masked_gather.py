@@ -1,0 +1,26 @@
+"""What training launches: the listed tokens of 64 global views, bfloat16, ViT-S and ViT-B."""
+
+from functools import partial
+
+import torch
+
+from tapct_kernels.masked_gather import _backward_triton, _forward_triton
+
+NUM_PREFIX, EPS, LISTED = 5, 1e-6, 22_579
+
+
+def _launch(width: int, *, backward: bool) -> object:
+    tokens_NTD = torch.empty(64, 2357, width, dtype=torch.bfloat16, device="meta")
+    index_M = torch.empty(LISTED, dtype=torch.int64, device="meta")
+    weight_D = torch.empty(width, device="meta")
+    if backward:
+        grad_MD = tokens_NTD.new_empty(LISTED, width)
+        return _backward_triton(grad_MD, tokens_NTD, index_M, weight_D, NUM_PREFIX, EPS)
+    return _forward_triton(tokens_NTD, index_M, weight_D, weight_D, NUM_PREFIX, EPS)
+
+
+LAUNCHES = {
+    f"{kind} D={width}": partial(_launch, width, backward=kind == "backward")
+    for width in (384, 768)
+    for kind in ("forward", "backward")
+}
