@@ -72,7 +72,7 @@ benches() {
   local file name
   for file in bench/*.py; do
     name=$(basename "$file" .py)
-    grep -q '"cuda"' "$file" && grep -q '^def main(' "$file" || continue # the others need real CT
+    grep -qE '"cuda"|op_bench' "$file" && grep -qE '^(def main\(|main = )' "$file" || continue # the others need real CT
     if grep -q '^from tapct_fast' "$file" && ! has_native; then
       skip "bench $name: no native core"
     else

@@ -3,9 +3,14 @@
 A bench verifies its results before it times them, interleaves the variants in one process, warms
 up, and reports p20, p50 and p80 in milliseconds with device, versions, load and commit. A row is
 stale once the bench or a source it names has changed: its ``sources`` holds their SHA-256.
+
+The bench of an op is a function ``cases(device, is_tiny)`` and ``main = op_bench(...)``; see
+masked_gather. Its rows carry ``floor_ms``, what the device's measured ceilings allow: the larger of
+bytes over copy bandwidth and FLOPs over the best matrix product (rows of ``bench.ceilings``).
 """
 
 import argparse
+import gc
 import hashlib
 import json
 import os
@@ -14,11 +19,11 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -27,12 +32,54 @@ from torch import Tensor
 REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = REPOSITORY / "bench" / "results"
 WARM_UP = 2  # rounds; the first compiles
+ROUNDS = 20
 # Larger than any L2 (126 MB on a B200), and 0.1 ms of work at 4.3 TB/s: the host enqueues a short
 # variant while the device still writes it, so that events time the device, not the launches.
 FLUSH_BYTES = 512 * 2**20
 
 Device = Literal["cpu", "cuda"]
 Variants = Mapping[str, Callable[[], Any]]
+Results = Callable[[], Sequence[Tensor]]
+
+
+class Work(NamedTuple):
+    """One case, ready to be verified and timed.
+
+    Attributes:
+        variants: Ours first, then its rivals; each returns the tensors it computed.
+        expected: Their values in float64.
+        tolerance: Largest relative error in the Frobenius norm.
+        bytes: The floor: every operand read once, every result written once.
+        flops: Of the matrix products.
+        dtype: Of the operands; names the matrix product that is the ceiling.
+        backend: What runs under our name on this device.
+        checks: What to verify in place of a variant whose results are too large to compare.
+        absent: Rivals that cannot run here, each with the reason.
+        measures_memory: Also report each variant's peak of extra memory.
+        values: Anything else the row should say.
+    """
+
+    variants: Mapping[str, Results]
+    expected: Sequence[Tensor]
+    tolerance: float
+    bytes: int
+    dtype: torch.dtype
+    flops: int = 0
+    backend: str = ""
+    checks: Mapping[str, Results] = {}
+    absent: Mapping[str, str] = {}
+    measures_memory: bool = False
+    values: Mapping[str, Any] = {}
+
+
+class Case(NamedTuple):
+    """One row: its name, and what allocates its operands when its turn comes."""
+
+    name: str
+    make: Callable[[], Work]
+
+
+Cases = Callable[[Device, bool], Iterator[Case]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +159,100 @@ def start(bench: str, sources: Sequence[str], argv: Sequence[str] | None) -> Run
         only_missing=args.missing,
         load_1min=os.getloadavg()[0],
     )
+
+
+def op_bench(bench: str, sources: Sequence[str], cases: Cases) -> Callable[..., None]:
+    """Return the ``main`` of an op's bench: verify and time every case on this device."""
+
+    def main(argv: Sequence[str] | None = None) -> None:
+        run = start(bench, sources, argv)
+        device: Device = "cuda" if torch.cuda.is_available() else "cpu"
+        for case in cases(device, run.is_tiny):
+            if run.wants(case.name, device):
+                torch._dynamo.reset()  # another shape is another graph, not a dynamic one
+                _measure(run, case.name, device, case.make())
+
+    return main
+
+
+def _measure(run: Run, name: str, device: Device, work: Work) -> None:
+    calls = {**work.variants, **work.checks}
+    errors = relative_errors(calls, work.expected, tolerance=work.tolerance)
+    times = time_ms(work.variants, device=device, rounds=3 if run.is_tiny else ROUNDS)
+    row: dict[str, Any] = {"dtype": str(work.dtype).removeprefix("torch."), **work.values}
+    if work.flops:
+        row["flops"] = work.flops
+    if work.measures_memory:
+        row["extra_bytes"] = {
+            key: peak_extra_bytes(call, device) for key, call in work.variants.items()
+        }
+    if work.absent:
+        row["absent"] = work.absent
+    floor = floor_ms(device, work)
+    if floor is not None:
+        row["floor_ms"] = floor
+    row |= {"backend": work.backend, "relative_error": errors, "bytes": work.bytes}
+    run.write(name, device, times, **row)
+
+
+def floor_ms(device: Device, work: Work) -> float | None:
+    """Return the least time that the measured ceilings allow, or None where none are committed."""
+    rows = [
+        row
+        for row in _rows(RESULTS / f"{device_name(device)}.jsonl")
+        if row["subject"] == "ceilings" and not row["tiny"]
+    ]
+    dtype = str(work.dtype).removeprefix("torch.")
+    copies = [row["bytes"] / _best_ms(row) for row in rows if row["case"].startswith("copy")]
+    products = [
+        row["flops"] / _best_ms(row) for row in rows if "flops" in row and row["dtype"] == dtype
+    ]
+    if not copies or (work.flops and not products):
+        return None
+    compute = work.flops / max(products) if work.flops else 0.0
+    return float(f"{max(work.bytes / max(copies), compute):.4g}")
+
+
+def _best_ms(row: Mapping[str, Any]) -> float:
+    return float(min(p50 for _, p50, _ in row["times_ms"].values()))
+
+
+def compiled(call: Callable[..., Any], device: Device) -> dict[str, Callable[..., Any]]:
+    """Return ``torch.compile`` of a function as rivals by name: default, on CUDA max-autotune too.
+
+    Compilation costs more than a test may: benches leave these out of tiny runs.
+    """
+    rivals = {"torch.compile": torch.compile(call, fullgraph=True, dynamic=False)}
+    if device == "cuda":
+        mode = "max-autotune-no-cudagraphs"  # graphs would time the replay of stale inputs
+        rivals["torch.compile max-autotune"] = torch.compile(
+            call, fullgraph=True, dynamic=False, mode=mode
+        )
+    return rivals
+
+
+def peak_extra_bytes(call: Callable[[], Any], device: Device) -> int:
+    """Return the most memory that a call had beyond what was there before, its results included.
+
+    On the CPU by the high-water mark of the resident set, so only large allocations count truly.
+    """
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    before = _resident_bytes("VmRSS")
+    call()
+    return max(0, _resident_bytes("VmHWM") - before)
+
+
+def _resident_bytes(name: str) -> int:
+    match = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert match is not None
+    return int(match[1]) * 1024
 
 
 def time_ms(variants: Variants, *, device: Device, rounds: int) -> dict[str, list[float]]:

@@ -9,14 +9,15 @@ more, so neighbours do not matter.
 Shape suffixes: N views, R prefix rows, L patches, T = R + L, D width, M listed tokens.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.harness import Device, Run, relative_errors, start, time_ms
+from bench.harness import Case, Device, Work, compiled, op_bench
 from tapct_kernels import masked_gather, masked_gather_ref
 
 NUM_PREFIX = 5  # cls and four registers
@@ -79,63 +80,64 @@ def select_then_norm(inputs: Inputs) -> Tensor:
     return F.layer_norm(x_MD, weight_D.shape, weight_D, bias_D, EPS)
 
 
-def _step(forward: Forward, inputs: Inputs, grad_MD: Tensor) -> tuple[Tensor, ...]:
+def _step(forward: Forward, inputs: Inputs, grad_MD: Tensor) -> Sequence[Tensor]:
     return torch.autograd.grad(forward(inputs), inputs.parameters, grad_MD)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Measure both widths, forward and step."""
-    run = start(__file__, ["kernels/tapct_kernels/masked_gather.py"], argv)
-    device: Device = "cuda" if torch.cuda.is_available() else "cpu"
+@torch.no_grad()
+def _forward(forward: Forward, inputs: Inputs) -> Sequence[Tensor]:
+    return [forward(inputs)]
+
+
+def cases(device: Device, is_tiny: bool) -> Iterator[Case]:
+    """Yield both widths, forward and step."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     num_views = 64 if device == "cuda" else 4
-    num_patches = 20 if run.is_tiny else 2352  # 3 x 28 x 28
-    for width in (16,) if run.is_tiny else (384, 768):
-        _measure(run, draw_inputs(num_views, num_patches, width, dtype, device), device)
+    num_patches = 20 if is_tiny else 2352  # 3 x 28 x 28
+    for width in (16,) if is_tiny else (384, 768):
+        for kind in ("forward", "step"):
+            shape = f"{num_views}x{NUM_PREFIX + num_patches}x{width}"
+            listed = int(SHARE * num_views * num_patches)
+            name = f"{shape} M={listed} {str(dtype).removeprefix('torch.')} {kind}"
+            draw = partial(draw_inputs, num_views, num_patches, width, dtype, device)
+            yield Case(name, partial(_work, draw, device, is_tiny, kind))
 
 
-def _measure(run: Run, inputs: Inputs, device: Device) -> None:
+def _work(draw: Callable[[], Inputs], device: Device, is_tiny: bool, kind: str) -> Work:
+    inputs = draw()
     x_NTD, index_M, weight_D, bias_D, _ = inputs
-    dtype, (N, T, D), M = x_NTD.dtype, x_NTD.shape, index_M.numel()
-    name = f"{N}x{T}x{D} M={M} {str(dtype).removeprefix('torch.')}"
     forwards: dict[str, Forward] = {
         "tapct masked_gather": op,
         "eager norm, select": norm_then_select,
         "eager select, norm": select_then_norm,
     }
-    if not run.is_tiny:  # a compilation costs more than a test may
-        forwards["torch.compile select, norm"] = torch.compile(select_then_norm, fullgraph=True)
-    backend = "Triton kernel" if device == "cuda" else "eager definition"
-    # bf16: operands and results are rounded to 8 bits, in the gradients before long sums too
-    tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-5
-
+    if not is_tiny:
+        for name, call in compiled(select_then_norm, device).items():
+            forwards[f"{name} select, norm"] = call
     doubles = [t.detach().double().requires_grad_() for t in inputs.parameters]
     x, weight, bias = doubles
     exact_MD = masked_gather_ref(x, index_M, weight, bias, NUM_PREFIX, EPS)
-    grad_MD = torch.randn_like(exact_MD).to(dtype)
-    exact_grads = torch.autograd.grad(exact_MD, doubles, grad_MD.double())
-    small = index_M.nbytes + weight_D.nbytes + bias_D.nbytes
-    num_bytes = 2 * grad_MD.nbytes + small
-    step_bytes = 2 * num_bytes + x_NTD.nbytes
+    grad_MD = torch.randn_like(exact_MD).to(x_NTD.dtype)
+    num_bytes = 2 * grad_MD.nbytes + index_M.nbytes + weight_D.nbytes + bias_D.nbytes
+    if kind == "forward":
+        expected: Sequence[Tensor] = [exact_MD.detach()]
+        variants = {name: partial(_forward, f, inputs) for name, f in forwards.items()}
+    else:
+        expected = torch.autograd.grad(exact_MD, doubles, grad_MD.double())
+        variants = {name: partial(_step, f, inputs, grad_MD) for name, f in forwards.items()}
+        num_bytes = 2 * num_bytes + x_NTD.nbytes
+    return Work(
+        variants,
+        expected,
+        # bf16: operands and results are rounded to 8 bits, in the gradients before long sums too
+        tolerance=2e-2 if x_NTD.dtype == torch.bfloat16 else 1e-5,
+        bytes=num_bytes,
+        dtype=x_NTD.dtype,
+        backend="Triton kernel" if device == "cuda" else "eager definition",
+    )
 
-    if run.wants(f"{name} forward", device):
-        calls = {key: (lambda f=f: [f(inputs)]) for key, f in forwards.items()}
-        with torch.no_grad():
-            errors = relative_errors(calls, [exact_MD], tolerance=tolerance)
-            times = time_ms(calls, device=device, rounds=3 if run.is_tiny else 20)
-        run.write(
-            f"{name} forward", device, times,
-            backend=backend, relative_error=errors, bytes=num_bytes,
-        )  # fmt: skip
-    if run.wants(f"{name} step", device):
-        steps = {key: (lambda f=f: _step(f, inputs, grad_MD)) for key, f in forwards.items()}
-        errors = relative_errors(steps, exact_grads, tolerance=tolerance)
-        times = time_ms(steps, device=device, rounds=3 if run.is_tiny else 20)
-        run.write(
-            f"{name} step", device, times,
-            backend=backend, relative_error=errors, bytes=step_bytes,
-        )  # fmt: skip
 
+main = op_bench(__file__, ["kernels/tapct_kernels/masked_gather.py"], cases)
 
 if __name__ == "__main__":
     main()

@@ -9,14 +9,15 @@ T = R + L.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.harness import Device, Run, relative_errors, start, time_ms
+from bench.harness import Case, Device, Work, compiled, op_bench
 from tapct_kernels import patch_embed, patch_embed_ref
 
 PATCH_ZYX = (4, 8, 8)
@@ -102,67 +103,67 @@ def linear_chain(inputs: Inputs) -> Tensor:
     return _assembled(inputs, F.linear(rows_BLK, inputs.weight_DK, inputs.bias_D))
 
 
-def _step(forward: Forward, inputs: Inputs, grad_BTD: Tensor) -> tuple[Tensor, ...]:
+def _step(forward: Forward, inputs: Inputs, grad_BTD: Tensor) -> Sequence[Tensor]:
     return torch.autograd.grad(forward(inputs), inputs.parameters, grad_BTD)
+
+
+@torch.no_grad()
+def _forward(forward: Forward, inputs: Inputs) -> Sequence[Tensor]:
+    return [forward(inputs)]
 
 
 def _num_bytes(tensors: Sequence[Tensor]) -> int:
     return sum(t.nbytes for t in tensors)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Measure both widths, forward and step."""
-    run = start(__file__, ["kernels/tapct_kernels/patch_embed.py"], argv)
-    device: Device = "cuda" if torch.cuda.is_available() else "cpu"
+def cases(device: Device, is_tiny: bool) -> Iterator[Case]:
+    """Yield both widths, forward and step."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     batch = 64 if device == "cuda" else 2
-    size_zyx = (8, 16, 16) if run.is_tiny else (12, 224, 224)
-    for width in (16,) if run.is_tiny else (384, 768):
-        inputs = draw_inputs(batch, size_zyx, width, dtype, device)
-        _measure(run, inputs, device)
+    size_zyx = (8, 16, 16) if is_tiny else (12, 224, 224)
+    shape = "x".join(map(str, (batch, *size_zyx)))
+    for width in (16,) if is_tiny else (384, 768):
+        for kind in ("forward", "step"):
+            draw = partial(draw_inputs, batch, size_zyx, width, dtype, device)
+            name = f"{shape} D={width} {str(dtype).removeprefix('torch.')} {kind}"
+            yield Case(name, partial(_work, draw, device, is_tiny, kind))
 
 
-def _measure(run: Run, inputs: Inputs, device: Device) -> None:
+def _work(draw: Callable[[], Inputs], device: Device, is_tiny: bool, kind: str) -> Work:
+    inputs = draw()
     dtype, (width, num_voxels) = inputs.weight_DK.dtype, inputs.weight_DK.shape
-    shape = "x".join(map(str, inputs.x_BZYX.shape))
-    name = f"{shape} D={width} {str(dtype).removeprefix('torch.')}"
     forwards: dict[str, Forward] = {
         "tapct patch_embed": op,
         "eager conv3d": conv3d_chain,
         "eager unfold, linear": linear_chain,
     }
-    if not run.is_tiny:  # a compilation costs more than a test may
-        forwards["torch.compile unfold, linear"] = torch.compile(linear_chain, fullgraph=True)
-    backend = "Triton kernel" if device == "cuda" else "eager definition"
-    # bf16: operands and results are rounded to 8 bits, in the gradients before long sums too
-    tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-5
-
+    if not is_tiny:
+        for name, call in compiled(linear_chain, device).items():
+            forwards[f"{name} unfold, linear"] = call
     doubles = Inputs(*(_detached_double(t) for t in inputs))
     exact_BTD = patch_embed_ref(*doubles, PATCH_ZYX, HU)
     grad_BTD = torch.randn_like(exact_BTD).to(dtype)
-    exact_grads = torch.autograd.grad(exact_BTD, doubles.parameters, grad_BTD.double())
     flops = 2 * inputs.mask_BL.numel() * num_voxels * width
     num_bytes = _num_bytes(inputs) + grad_BTD.nbytes
-    # The step reads volume, mask and the tokens' gradient again and writes the parameters'.
-    step_bytes = num_bytes + _num_bytes(inputs) + grad_BTD.nbytes
-
-    if run.wants(f"{name} forward", device):
-        calls = {key: (lambda f=f: [f(inputs)]) for key, f in forwards.items()}
-        with torch.no_grad():
-            errors = relative_errors(calls, [exact_BTD], tolerance=tolerance)
-            times = time_ms(calls, device=device, rounds=3 if run.is_tiny else 20)
-        run.write(
-            f"{name} forward", device, times,
-            backend=backend, relative_error=errors, bytes=num_bytes, flops=flops,
-        )  # fmt: skip
-    if run.wants(f"{name} step", device):
-        steps = {key: (lambda f=f: _step(f, inputs, grad_BTD)) for key, f in forwards.items()}
-        errors = relative_errors(steps, exact_grads, tolerance=tolerance)
-        times = time_ms(steps, device=device, rounds=3 if run.is_tiny else 20)
-        run.write(
-            f"{name} step", device, times,
-            backend=backend, relative_error=errors, bytes=step_bytes, flops=2 * flops,
-        )  # fmt: skip
+    if kind == "forward":
+        expected: Sequence[Tensor] = [exact_BTD.detach()]
+        variants = {name: partial(_forward, f, inputs) for name, f in forwards.items()}
+    else:
+        expected = torch.autograd.grad(exact_BTD, doubles.parameters, grad_BTD.double())
+        variants = {name: partial(_step, f, inputs, grad_BTD) for name, f in forwards.items()}
+        flops *= 2
+        # The step reads volume, mask and the tokens' gradient again and writes the parameters'.
+        num_bytes += _num_bytes(inputs) + grad_BTD.nbytes
+    return Work(
+        variants,
+        expected,
+        # bf16: operands and results are rounded to 8 bits, in the gradients before long sums too
+        tolerance=2e-2 if dtype == torch.bfloat16 else 1e-5,
+        bytes=num_bytes,
+        flops=flops,
+        dtype=dtype,
+        backend="Triton kernel" if device == "cuda" else "eager definition",
+    )
 
 
 def _detached_double(tensor: Tensor) -> Tensor:
@@ -170,6 +171,8 @@ def _detached_double(tensor: Tensor) -> Tensor:
         return tensor
     return tensor.detach().double().requires_grad_()
 
+
+main = op_bench(__file__, ["kernels/tapct_kernels/patch_embed.py"], cases)
 
 if __name__ == "__main__":
     main()

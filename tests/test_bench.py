@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ import torch
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 BENCHES = sorted(
-    path.stem for path in (REPOSITORY / "bench").glob("*.py") if "\ndef main(" in path.read_text()
+    path.stem
+    for path in (REPOSITORY / "bench").glob("*.py")
+    if re.search(r"^(def main\(|main = )", path.read_text(), re.MULTILINE)
 )
 RIVALS = {
     "integrity": ("nibabel", "SimpleITK", "blosc2"),
