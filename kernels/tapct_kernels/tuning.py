@@ -9,16 +9,19 @@ table is never borrowed.
 import functools
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import triton
 
 Config = Mapping[str, int]  # block sizes, num_warps, num_stages
 TUNED = Path(__file__).with_name("tuned")
+
+T = TypeVar("T")
 
 _forced: ContextVar[Mapping[str, Config] | None] = ContextVar("forced", default=None)
 _asked: ContextVar[dict[str, Sequence[Config]] | None] = ContextVar("asked", default=None)
@@ -77,3 +80,18 @@ def asked() -> Iterator[dict[str, Sequence[Config]]]:
         yield found
     finally:
         _asked.reset(token)
+
+
+def each_config(call: Callable[[], T]) -> Iterator[tuple[str, Config, T]]:
+    """Call with the default configurations, then once with every other candidate.
+
+    Yields:
+        The kernel whose configuration was forced ("" at first), the configuration, the result.
+    """
+    with asked() as candidates:
+        yield "", {}, call()
+    for kernel, configs in candidates.items():
+        for config in configs[1:]:
+            with forced(kernel, config):
+                result = call()
+            yield kernel, config, result
