@@ -66,7 +66,7 @@ class Mark(NamedTuple):
 
 
 class Text(NamedTuple):
-    """One line of text; upright ones read from bottom to top."""
+    """One line of text, turned counter-clockwise; ``href`` only leads somewhere inside a page."""
 
     at: Point
     text: str
@@ -74,7 +74,8 @@ class Text(NamedTuple):
     size: float = 12
     anchor: Anchor = "start"
     is_bold: bool = False
-    is_upright: bool = False
+    turn_degrees: float = 0
+    href: str = ""
 
 
 class Drawing(NamedTuple):
@@ -143,15 +144,16 @@ def _svg_item(item: Line | Area | Mark | Text) -> str:
                 return f'<circle class="mark f-{role}" {place}>{name}</circle>'
             corners = _path(_outline(item))
             return f'<polygon class="mark f-{role}" points="{corners}">{name}</polygon>'
-        case Text((x, y), text, role, size, anchor, is_bold, is_upright):
+        case Text((x, y), text, role, size, anchor, is_bold, turn, href):
             place = f'x="{x:.1f}" y="{y:.1f}"'
-            if is_upright:
-                place += f' transform="rotate(-90 {x:.1f} {y:.1f})"'
+            if turn:
+                place += f' transform="rotate({-turn:.1f} {x:.1f} {y:.1f})"'
             weight = ' font-weight="600"' if is_bold else ""
-            return (
-                f'<text class="halo f-{role}" style="fill:var(--{role});font-size:{size:g}px" '
+            line = (
+                f'<text class="halo" style="fill:var(--{role});font-size:{size:g}px" '
                 f'{place} text-anchor="{anchor}"{weight}>{html.escape(text)}</text>'
             )
+            return f'<a href="{html.escape(href)}">{line}</a>' if href else line
 
 
 def _outline(mark: Mark) -> list[Point]:
@@ -294,14 +296,16 @@ def text_width(text: str, size: float) -> float:
 def _strokes(text: Text) -> list[list[Point]]:
     """Return the lines of a text at its place."""
     unit = text.size / _EM
+    c, s = math.cos(math.radians(text.turn_degrees)), math.sin(math.radians(text.turn_degrees))
     pen = {"start": 0.0, "middle": 0.5, "end": 1.0}[text.anchor] * -text_width(text.text, text.size)
     strokes = []
     for letter in text.text:
         advance, paths = _glyph(letter)
         for path in paths:
             flat = [(pen + x * unit, -y * unit) for x, y in path]
-            turned = [(y, -x) for x, y in flat] if text.is_upright else flat
-            strokes.append([(text.at[0] + x, text.at[1] + y) for x, y in turned])
+            strokes.append(
+                [(text.at[0] + x * c + y * s, text.at[1] - x * s + y * c) for x, y in flat]
+            )
         pen += advance * unit
     return strokes
 

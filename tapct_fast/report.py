@@ -124,6 +124,8 @@ def render_page(
     lead: str,
     tiles: Sequence[tuple[str, str, str]],
     sections: Sequence[tuple[str, str, str]],
+    *,
+    style: str = "",
 ) -> str:
     """Return a page in the house's one look.
 
@@ -133,6 +135,7 @@ def render_page(
         tiles: Name, value and remark of each number at the top; plain text.
         sections: Title and text (plain), and content (HTML) of each; one without content is left
             out.
+        style: CSS that follows the house's.
     """
     t = html.escape
     boxes = "".join(
@@ -147,7 +150,7 @@ def render_page(
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{t(title)}</title><style>{_STYLE}</style></head><body><main>"
+        f"<title>{t(title)}</title><style>{_STYLE}{style}</style></head><body><main>"
         f'<header><h1>{t(title)}</h1><p class="lead">{t(lead)}</p>'
         f'<div class="tiles">{boxes}</div></header>{body}</main></body></html>\n'
     )
