@@ -1,0 +1,380 @@
+"""The pictures of the benchmarks: a roofline, times relative to ours, and a history per case."""
+
+import math
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+from bench.compare import number
+from bench.drawing import Area, Drawing, Line, Mark, Point, Shape, Text, text_width
+from bench.rows import FLOOR_SUBJECT, Ceilings, Row, Times
+from bench.rows import Point as Measured
+
+WIDTH = 1032
+SHAPES: tuple[Shape, ...] = ("diamond", "triangle", "cross", "square", "circle")
+RIVALS = ("rival-a", "rival-b", "rival-c", "rival-d")
+Items = list[Line | Area | Mark | Text]
+
+
+class Look(NamedTuple):
+    """How a kind of variant is drawn."""
+
+    name: str
+    role: str
+    shape: Shape
+
+
+def kind(variant: str) -> str:
+    """Return what a variant is drawn and listed as: ours, eager, compile, or a rival by name."""
+    if variant.startswith("tapct"):
+        return "this library"
+    if "compile" in variant:
+        return "torch.compile"
+    if variant.startswith("eager"):
+        return "eager"
+    return variant.split(",")[0].split(" (")[0].strip()
+
+
+def looks(rows: Iterable[Row]) -> dict[str, Look]:
+    """Return the looks of all kinds among some rows, the same for the same set of names."""
+    fixed = {
+        "this library": Look("this library", "ours", "circle"),
+        "eager": Look("eager", "eager", "square"),
+        "torch.compile": Look("torch.compile", "compile", "diamond"),
+    }
+    kinds = sorted({kind(variant) for row in rows for variant in row.times_ms})
+    rivals = [name for name in kinds if name not in fixed]
+    others = {
+        name: Look(name, RIVALS[i % len(RIVALS)], SHAPES[(i + i // len(RIVALS)) % len(SHAPES)])
+        for i, name in enumerate(rivals)
+    }
+    return {name: look for name, look in {**fixed, **others}.items() if name in kinds}
+
+
+class _Log(NamedTuple):
+    """A logarithmic axis: values from ``low`` to ``high`` between two pixels."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+
+    def at(self, value: float) -> float:
+        part = math.log(value / self.low) / math.log(self.high / self.low)
+        return self.start + (self.end - self.start) * part
+
+    def ticks(self, steps: Sequence[int] = (1,)) -> list[float]:
+        first, last = math.floor(math.log10(self.low)), math.ceil(math.log10(self.high))
+        values = [step * 10.0**power for power in range(first, last + 1) for step in steps]
+        return [v for v in values if self.low <= v * 1.0001 and v <= self.high * 1.0001]
+
+
+def _legend(shown: Iterable[Look], left: float, top: float, right: float) -> tuple[Items, float]:
+    """Draw marks and names in lines; return them and the height used."""
+    items: Items = []
+    x, y = left, top
+    for look in shown:
+        width = text_width(look.name, 13) + 40
+        if x + width > right and x > left:
+            x, y = left, y + 20
+        items.append(Mark((x + 6, y - 4), look.shape, look.role, 10, ""))
+        items.append(Text((x + 18, y), look.name, size=13))
+        x += width
+    return items, y - top + 20
+
+
+def roofline(device: str, rows: Sequence[Row], ceilings: Ceilings) -> Drawing | None:
+    """Draw achieved rate over arithmetic intensity; None if no row states bytes and FLOPs.
+
+    Intensity is that of the floor (FLOPs and bytes that the case needs), so the variants of a case
+    stand above each other, and the distance to the roof is what a variant leaves unused.
+    """
+    cases = numbered(rows)
+    if not cases:
+        return None
+    intensity = {row.key: _intensity(row) for _, row in cases}
+    rates = [row.tflop_per_s(v) or 1 for _, row in cases for v in row.times_ms]
+    top_rate = max([*rates, ceilings.tflop_per_s or 0])
+    slope = (ceilings.gb_per_s or 0) / 1e3  # TFLOP/s per FLOP/byte
+    ridge = (ceilings.tflop_per_s or top_rate) / slope if slope else max(intensity.values())
+    height, left, right, bottom = 560, 76, WIDTH - 24, 500
+    shown = looks(row for _, row in cases)
+    legend, used = _legend(shown.values(), left, 46, right)
+    top = 46 + used
+    x = _Log(10 ** math.floor(math.log10(min(intensity.values()) / 1.6)),
+             max(max(intensity.values()) * 2.5, ridge * 6), left, right)  # fmt: skip
+    y = _Log(min(rates) / 1.8, top_rate * 2.2, bottom, top)
+
+    items: Items = [Text((left, 20), f"Roofline, {device}", "ink", 17, is_bold=True), *legend]
+    roof = _roof(x, y, slope, ceilings.tflop_per_s)
+    if len(roof) > 1:
+        items.append(Area([*roof, (roof[-1][0], bottom), (roof[0][0], bottom)], "ours", 0.045))
+    items += _axes(x, y, "FLOP per byte that the case needs", "TFLOP/s")
+    if len(roof) > 1:
+        items.append(Line(roof, "ink", 1.8))
+        items += _roof_labels(x, y, slope, ceilings)
+    taken: list[tuple[float, float]] = []
+    for index, row in sorted(cases, key=lambda case: intensity[case[1].key]):
+        at_x = x.at(intensity[row.key])
+        heights = {v: y.at(row.tflop_per_s(v) or y.low) for v in row.times_ms}
+        items.append(
+            Line([(at_x, min(heights.values())), (at_x, max(heights.values()))], "faint", 1.5)
+        )
+        # Ours last, on top.
+        for variant in sorted(row.times_ms, key=lambda v: kind(v) == "this library"):
+            look = shown[kind(variant)]
+            size = 12 if variant == row.ours else 9.5
+            title = _title(row, variant, ceilings)
+            items.append(Mark((at_x, heights[variant]), look.shape, look.role, size, title))
+        place = _free(at_x, min(heights.values()) - 10, taken)
+        taken.append(place)
+        items.append(
+            Text(place, str(index), "ink", 12, "middle", is_bold=True, href=f"#{slug(row)}")
+        )
+    text = (
+        f"{len(cases)} cases. Numbers above the marks are those of the table beside the picture. "
+        + ceilings_text(ceilings)
+    )
+    return Drawing(WIDTH, height, f"Roofline, {device}", text, items)
+
+
+def _free(x: float, y: float, taken: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Move a label up until it covers no other."""
+    while any(abs(x - a) < 17 and abs(y - b) < 13 for a, b in taken):
+        y -= 13
+    return x, y
+
+
+def numbered(rows: Sequence[Row]) -> list[tuple[int, Row]]:
+    """Return the rows of a roofline with their numbers; ceilings are its roof, not its marks."""
+    fit = [row for row in rows if row.bytes and row.flops and row.subject != FLOOR_SUBJECT]
+    return list(enumerate(fit, start=1))
+
+
+def _intensity(row: Row) -> float:
+    return (row.flops or 1) / (row.bytes or 1)
+
+
+def _roof(x: _Log, y: _Log, slope: float, flat: float | None) -> list[Point]:
+    """Return the corners of min(slope * intensity, flat) inside the axes."""
+    if not slope:
+        return [(x.start, y.at(flat)), (x.end, y.at(flat))] if flat else []
+    enter = max(x.low, y.low / slope)
+    leave = min(x.high, (flat or y.high) / slope)
+    corners = [(enter, enter * slope), (leave, leave * slope)]
+    if flat and leave < x.high:
+        corners.append((x.high, flat))
+    return [(x.at(a), y.at(b)) for a, b in corners]
+
+
+def _roof_labels(x: _Log, y: _Log, slope: float, ceilings: Ceilings) -> Items:
+    items: Items = []
+    if ceilings.tflop_per_s:
+        text = f"best matrix product {number(ceilings.tflop_per_s)} TFLOP/s"
+        items.append(Text((x.end - 4, y.at(ceilings.tflop_per_s) - 8), text, "ink", 12.5, "end"))
+    if slope:
+        enter = max(x.low, y.low / slope)
+        start = (x.at(enter), y.at(enter * slope))
+        rise, run = start[1] - y.at(enter * slope * 10), x.at(enter * 10) - start[0]
+        turn = math.degrees(math.atan2(rise, run))
+        shift = (28 * math.cos(math.radians(turn)) - 8 * math.sin(math.radians(turn)),
+                 -28 * math.sin(math.radians(turn)) - 8 * math.cos(math.radians(turn)))  # fmt: skip
+        at = (start[0] + shift[0], start[1] + shift[1])
+        text = f"copy {number(slope)} TB/s"
+        items.append(Text(at, text, "ink", 12.5, turn_degrees=turn))
+    return items
+
+
+def ceilings_text(ceilings: Ceilings) -> str:
+    """Say what the roof is made of."""
+    if not ceilings.gb_per_s and not ceilings.tflop_per_s:
+        return "The ceilings of this device are not measured, so there is no roof."
+    copy = f"copy {number(ceilings.gb_per_s)} GB/s" if ceilings.gb_per_s else "copy not measured"
+    product = (
+        f"matrix product {number(ceilings.tflop_per_s)} TFLOP/s"
+        if ceilings.tflop_per_s
+        else "matrix product not measured"
+    )
+    return f"The roof is the best measured here: {copy}, {product}."
+
+
+def _axes(x: _Log, y: _Log, x_name: str, y_name: str) -> Items:
+    items: Items = []
+    for tick in x.ticks():
+        items.append(Line([(x.at(tick), y.start), (x.at(tick), y.end)], "faint"))
+        items.append(Text((x.at(tick), y.start + 20), f"{tick:g}", anchor="middle"))
+    for tick in y.ticks():
+        items.append(Line([(x.start, y.at(tick)), (x.end, y.at(tick))], "faint"))
+        items.append(Text((x.start - 9, y.at(tick) + 4), f"{tick:g}", anchor="end"))
+    middle = ((x.start + x.end) / 2, (y.start + y.end) / 2)
+    items.append(Text((middle[0], y.start + 44), x_name, size=13, anchor="middle"))
+    items.append(Text((22, middle[1]), y_name, size=13, anchor="middle", turn_degrees=90))
+    items.append(Line([(x.start, y.end), (x.start, y.start), (x.end, y.start)], "soft", 1.2))
+    return items
+
+
+def _title(row: Row, variant: str, ceilings: Ceilings) -> str:
+    times = row.times_ms[variant]
+    share = ceilings.share(row, variant)
+    rates = [
+        f"{number(rate)} {unit}"
+        for rate, unit in (
+            (row.gb_per_s(variant), "GB/s"),
+            (row.tflop_per_s(variant), "TFLOP/s"),
+        )
+        if rate
+    ]
+    return "\n".join(
+        [
+            f"{row.subject}, {row.case}",
+            variant,
+            f"{number(times.p50)} ms (p20 {number(times.p20)}, p80 {number(times.p80)})",
+            f"{row.ratio(variant):.2f} times ours",
+            *([", ".join(rates)] if rates else []),
+            *([f"{100 * share:.0f} % of the attainable rate"] if share else []),
+        ]
+    )
+
+
+def overview(device: str, rows: Sequence[Row]) -> Drawing:
+    """Draw the time of every variant of every case relative to ours."""
+    rows = [row for row in rows if row.subject != FLOOR_SUBJECT]
+    shown = looks(rows)
+    left, right = 372, WIDTH - 24
+    legend, used = _legend(shown.values(), 24, 46, right)
+    top = 46 + used + 26
+    ratios = [
+        t / row.times_ms[row.ours].p50
+        for row in rows
+        for times in row.times_ms.values()
+        for t in times
+    ]
+    low, high = min([*ratios, 0.8]) / 1.15, max([*ratios, 2.5]) * 1.2
+    x = _Log(low, high, left, right)
+    lines: Items = []
+    y = top + 6.0
+    last = None
+    for row in rows:
+        if row.subject != last:
+            y += 26 if last is None else 34
+            last = row.subject
+            lines.append(Text((24, y), row.subject, "ink", 14, is_bold=True))
+        y += 24
+        lines.append(
+            Text((24, y + 4), _cut(row.case, left - 44, 13), size=13, href=f"#{slug(row)}")
+        )
+        lines.append(Line([(left, y), (right, y)], "faint"))
+        ours = row.times_ms[row.ours].p50
+        for variant in sorted(
+            row.times_ms, key=lambda v: (kind(v) == "this library", v == row.ours)
+        ):
+            look = shown[kind(variant)]
+            p20, p50, p80 = (t / ours for t in row.times_ms[variant])
+            lines.append(Line([(x.at(p20), y), (x.at(p80), y)], look.role, 3))
+            title = _title(row, variant, Ceilings())
+            size = 12 if variant == row.ours else 9.5
+            lines.append(Mark((x.at(p50), y), look.shape, look.role, size, title))
+    bottom = y + 22
+    items: Items = [Text((24, 20), f"Time relative to ours, {device}", "ink", 17, is_bold=True)]
+    items += legend
+    for tick in x.ticks((1, 2, 5)):
+        role, width = ("ours", 1.5) if tick == 1 else ("faint", 1.0)
+        items.append(Line([(x.at(tick), top), (x.at(tick), bottom)], role, width))
+        items.append(Text((x.at(tick), top - 8), f"{tick:g}x", anchor="middle"))
+        items.append(Text((x.at(tick), bottom + 18), f"{tick:g}x", anchor="middle"))
+    name = "time / time of this library (log scale); right of 1x is slower than ours; bars span p20 to p80"
+    items += lines
+    items.append(Text((right, bottom + 42), name, size=12.5, anchor="end"))
+    text = f"{len(rows)} cases; every number is in the tables of the page."
+    return Drawing(WIDTH, int(bottom + 56), f"Time relative to ours, {device}", text, items)
+
+
+def _cut(text: str, width: float, size: float) -> str:
+    if text_width(text, size) <= width:
+        return text
+    while text and text_width(text + "...", size) > width:
+        text = text[:-1]
+    return text.rstrip() + "..."
+
+
+def whisker(times: Times, longest: float, role: str, floor_ms: float | None) -> Drawing:
+    """Draw a time as a bar with its range, and the floor as a dashed line."""
+    width, height = 220, 20
+
+    def at(value: float) -> float:
+        return 1 + (width - 4) * min(value / longest, 1)
+
+    y = height / 2
+    items: Items = [
+        Area([(1, 4), (at(times.p50), 4), (at(times.p50), 16), (1, 16)], role, 0.28),
+        Line([(at(times.p20), y), (at(times.p80), y)], role, 1.5),
+        Line([(at(times.p50), 4), (at(times.p50), 16)], role, 2.5),
+    ]
+    if floor_ms:
+        items.append(Line([(at(floor_ms), 1), (at(floor_ms), height - 1)], "ink", 1.2, 2.5))
+    text = f"p20 {times.p20:g}, p50 {times.p50:g}, p80 {times.p80:g}"
+    return Drawing(width, height, f"{number(times.p50)} ms", text, items)
+
+
+def timeline(points: Sequence[Measured], shown: dict[str, Look]) -> Drawing:
+    """Draw the time of every variant of one case over the commits that were measured."""
+    width, height, left, right, top, bottom = 500, 236, 58, 484, 16, 186
+    times = [t for point in points for ts in point.row.times_ms.values() for t in ts]
+    y = _Log(min(times) / 1.15, max(times) * 1.15, bottom, top)
+    step = (right - left - 40) / max(len(points) - 1, 1)
+    xs = [left + 20 + i * step for i in range(len(points))]
+    items: Items = []
+    ticks = (
+        y.ticks((1, 2, 5))
+        if y.high / y.low > 2.2
+        else [_round(y.low * 1.16), _round(y.high / 1.16)]
+    )
+    for tick in ticks:
+        items.append(Line([(left, y.at(tick)), (right, y.at(tick))], "faint"))
+        items.append(Text((left - 8, y.at(tick) + 4), f"{tick:g}", anchor="end"))
+    every = math.ceil(len(points) / 6)
+    for i, (x, point) in enumerate(zip(xs, points, strict=True)):
+        if i % every == 0:
+            items.append(Text((x, bottom + 20), point.row.commit[:7], size=11.5, anchor="middle"))
+        if i in (0, len(points) - 1) and point.day:
+            items.append(Text((x, bottom + 36), point.day, size=11.5, anchor="middle"))
+    items.append(Text((16, (top + bottom) / 2), "ms", size=12.5, anchor="middle", turn_degrees=90))
+    variants = dict.fromkeys(v for point in points for v in point.row.times_ms)
+    for variant in sorted(variants, key=lambda v: kind(v) == "this library"):
+        look = shown[kind(variant)]
+        seen = [
+            (x, p.row.times_ms[variant])
+            for x, p in zip(xs, points, strict=True)
+            if variant in p.row.times_ms
+        ]
+        if len(seen) > 1:
+            upper = [(x, y.at(t.p80)) for x, t in seen]
+            lower = [(x, y.at(t.p20)) for x, t in reversed(seen)]
+            items.append(Area([*upper, *lower], look.role, 0.14))
+            items.append(Line([(x, y.at(t.p50)) for x, t in seen], look.role, 2.0))
+        for x, t in seen:
+            items.append(
+                Mark((x, y.at(t.p50)), look.shape, look.role, 8.5, f"{variant}\n{number(t.p50)} ms")
+            )
+    for x, (old, new) in zip(xs[1:], pairwise(points), strict=True):
+        if old.row.rates_text != new.row.rates_text:
+            items.insert(0, Line([(x - step / 2, top), (x - step / 2, bottom)], "soft", 1, 2))
+    items.append(Line([(left, top), (left, bottom), (right, bottom)], "soft", 1.2))
+    row = points[-1].row
+    text = "A dotted line: torch, triton, CUDA or the driver changed. Numbers in the table below."
+    return Drawing(width, height, f"{row.subject}, {row.case} over commits", text, items)
+
+
+def _round(value: float) -> float:
+    return float(f"{value:.2g}")
+
+
+def slug(row: Row) -> str:
+    """Return the anchor of a case."""
+    text = "-".join(row.key).lower()
+    return "".join(c if c.isalnum() else "-" for c in text)
+
+
+def share_text(share: Any) -> str:
+    """Return a share as percent, a dash where it is unknown."""
+    return f"{100 * share:.0f} %" if share else "-"
