@@ -124,7 +124,7 @@ def roofline(device: str, rows: Sequence[Row], ceilings: Ceilings) -> Drawing | 
         for variant in sorted(row.times_ms, key=lambda v: kind(v) == "this library"):
             look = shown[kind(variant)]
             size = 12 if variant == row.ours else 9.5
-            title = _title(row, variant, ceilings)
+            title = _title(row, variant)
             items.append(Mark((at_x, heights[variant]), look.shape, look.role, size, title))
         place = _free(at_x, min(heights.values()) - 10, taken)
         taken.append(place)
@@ -213,9 +213,9 @@ def _axes(x: _Log, y: _Log, x_name: str, y_name: str) -> Items:
     return items
 
 
-def _title(row: Row, variant: str, ceilings: Ceilings) -> str:
+def _title(row: Row, variant: str) -> str:
     times = row.times_ms[variant]
-    share = ceilings.share(row, variant)
+    share = row.share(variant)
     rates = [
         f"{number(rate)} {unit}"
         for rate, unit in (
@@ -271,7 +271,7 @@ def overview(device: str, rows: Sequence[Row]) -> Drawing:
             look = shown[kind(variant)]
             p20, p50, p80 = (t / ours for t in row.times_ms[variant])
             lines.append(Line([(x.at(p20), y), (x.at(p80), y)], look.role, 3))
-            title = _title(row, variant, Ceilings())
+            title = _title(row, variant)
             size = 12 if variant == row.ours else 9.5
             lines.append(Mark((x.at(p50), y), look.shape, look.role, size, title))
     bottom = y + 22
@@ -357,7 +357,7 @@ def timeline(points: Sequence[Measured], shown: dict[str, Look]) -> Drawing:
                 Mark((x, y.at(t.p50)), look.shape, look.role, 8.5, f"{variant}\n{number(t.p50)} ms")
             )
     for x, (old, new) in zip(xs[1:], pairwise(points), strict=True):
-        if old.row.rates_text != new.row.rates_text:
+        if old.row.versions_text != new.row.versions_text:
             items.insert(0, Line([(x - step / 2, top), (x - step / 2, bottom)], "soft", 1, 2))
     items.append(Line([(left, top), (left, bottom), (right, bottom)], "soft", 1.2))
     row = points[-1].row

@@ -153,7 +153,7 @@ def start(bench: str, sources: Sequence[str], argv: Sequence[str] | None) -> Run
     return Run(
         subject=subject,
         command=" ".join(words),
-        sources=_sha256([f"bench/{subject}.py", *sources]),
+        sources=digest_of([f"bench/{subject}.py", *sources]),
         out=args.out,
         is_tiny=args.tiny,
         only_missing=args.missing,
@@ -161,18 +161,32 @@ def start(bench: str, sources: Sequence[str], argv: Sequence[str] | None) -> Run
     )
 
 
-def op_bench(bench: str, sources: Sequence[str], cases: Cases) -> Callable[..., None]:
-    """Return the ``main`` of an op's bench: verify and time every case on this device."""
+@dataclass(frozen=True, slots=True)
+class OpBench:
+    """The bench of an op; called, it verifies and times every case on this device."""
 
-    def main(argv: Sequence[str] | None = None) -> None:
-        run = start(bench, sources, argv)
-        device: Device = "cuda" if torch.cuda.is_available() else "cpu"
-        for case in cases(device, run.is_tiny):
+    bench: str
+    sources: Sequence[str]
+    cases: Cases
+
+    def __call__(self, argv: Sequence[str] | None = None) -> None:
+        """Run as a command line does."""
+        run = start(self.bench, self.sources, argv)
+        device = this_device()
+        for case in self.cases(device, run.is_tiny):
             if run.wants(case.name, device):
                 torch._dynamo.reset()  # another shape is another graph, not a dynamic one
                 _measure(run, case.name, device, case.make())
 
-    return main
+
+def op_bench(bench: str, sources: Sequence[str], cases: Cases) -> OpBench:
+    """Return the ``main`` of an op's bench."""
+    return OpBench(bench, sources, cases)
+
+
+def this_device() -> Device:
+    """Return where benches run: on CUDA where there is a device."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _measure(run: Run, name: str, device: Device, work: Work) -> None:
@@ -339,7 +353,8 @@ def _answer(*command: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def _sha256(sources: Sequence[str]) -> str:
+def digest_of(sources: Sequence[str]) -> str:
+    """Return the SHA-256 over some files, names relative to the repository."""
     digest = hashlib.sha256()
     for source in sources:
         content = (REPOSITORY / source).read_bytes()

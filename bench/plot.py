@@ -82,7 +82,7 @@ def page(points: Mapping[Key, Sequence[Point]]) -> str:
         ("newest commit", newest.row.commit, newest.day or "date unknown"),
     ]
     sections = [
-        (device, rows[-1].rates_text, _device(device, rows, points))
+        (device, rows[-1].versions_text, _device(device, rows, points))
         for device, rows in devices.items()
     ]
     lead = (
@@ -118,7 +118,7 @@ def _intensities(rows: Sequence[Row], roof: Ceilings) -> str:
         f"{html.escape(row.case)}</a></td>"
         f"<td>{number((row.flops or 0) / (row.bytes or 1))}</td>"
         f"<td>{number(row.tflop_per_s(row.ours) or 0)}</td>"
-        f"<td>{share_text(roof.share(row, row.ours))}</td></tr>"
+        f"<td>{share_text(row.share(row.ours))}</td></tr>"
         for index, row in numbered(rows)
     )
     return (
@@ -132,14 +132,14 @@ def _intensities(rows: Sequence[Row], roof: Ceilings) -> str:
 def _case(row: Row, roof: Ceilings, points: Sequence[Point]) -> str:
     shown = looks([point.row for point in points])
     longest = max(times.p80 for times in row.times_ms.values())
-    floor_ms = roof.floor_ms(row)
+    floor_ms = row.floor_ms
     body = "".join(
         f'<tr{_ours(row, variant)}><th scope="row">{_swatch(shown[kind(variant)])}'
         f"{html.escape(variant)}</th>"
         f"<td>{number(times.p50)}</td><td>{number(times.p20)} to {number(times.p80)}</td>"
         f"<td>{row.ratio(variant):.2f}x</td>"
         f"<td>{_rate(row.gb_per_s(variant))}</td><td>{_rate(row.tflop_per_s(variant))}</td>"
-        f"<td>{share_text(roof.share(row, variant))}</td>"
+        f"<td>{share_text(row.share(variant))}</td>"
         f'<td class="bar">{svg(whisker(times, longest, shown[kind(variant)].role, floor_ms))}</td>'
         "</tr>"
         for variant, times in row.times_ms.items()
@@ -178,7 +178,7 @@ def _history(points: Sequence[Point], shown: Mapping[str, Look]) -> str:
             f"<td>{number(p.row.times_ms[v].p50) if v in p.row.times_ms else '-'}</td>"
             for v in variants
         )
-        + f"<td>{html.escape(p.row.rates_text)}</td></tr>"
+        + f"<td>{html.escape(p.row.versions_text)}</td></tr>"
         for p in reversed(points)
     )
     return (

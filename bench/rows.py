@@ -60,34 +60,26 @@ class Row:
         return self.flops and self.flops / self.times_ms[variant].p50 / 1e9
 
     @property
-    def rates_text(self) -> str:
+    def floor_ms(self) -> float | None:
+        """The least time that the measured ceilings of the device allow."""
+        return self.values.get("floor_ms")
+
+    def share(self, variant: str) -> float | None:
+        """Return the part of a variant's time that the floor needs."""
+        return self.floor_ms and self.floor_ms / self.times_ms[variant].p50
+
+    @property
+    def versions_text(self) -> str:
         """Versions that a time depends on, as one line."""
         names = ("torch", "triton", "cuda", "driver")
         return ", ".join(f"{n} {self.values[n]}" for n in names if self.values.get(n))
 
 
 class Ceilings(NamedTuple):
-    """The best rates measured on a device; None where that was not measured."""
+    """The best copy and the best matrix product of a device; None where not measured."""
 
     gb_per_s: float | None = None
     tflop_per_s: float | None = None
-
-    def floor_ms(self, row: Row) -> float | None:
-        """Return the time that bytes and FLOPs need at these rates, the larger of the two."""
-        times = [
-            amount / rate / scale
-            for amount, rate, scale in (
-                (row.bytes, self.gb_per_s, 1e6),
-                (row.flops, self.tflop_per_s, 1e9),
-            )
-            if amount and rate
-        ]
-        return max(times, default=None)
-
-    def share(self, row: Row, variant: str) -> float | None:
-        """Return the part of a variant's time that the floor needs."""
-        floor_ms = self.floor_ms(row)
-        return floor_ms and floor_ms / row.times_ms[variant].p50
 
 
 def parse(text: str) -> list[Row]:
@@ -150,7 +142,7 @@ def ceilings(rows: Iterable[Row]) -> dict[str, Ceilings]:
             continue
         old = best.get(row.device, Ceilings())
         rates = [(row.gb_per_s(v) or 0, row.tflop_per_s(v) or 0) for v in row.times_ms]
-        is_copy = not row.flops
+        is_copy = row.case.startswith("copy")
         gb = max([old.gb_per_s or 0, *(rate for rate, _ in rates if is_copy)])
         tflop = max([old.tflop_per_s or 0, *(rate for _, rate in rates)])
         best[row.device] = Ceilings(gb or None, tflop or None)
