@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from bench.harness import Device, OpBench, device_name, digest_of
-from bench.rows import RESULTS, Row, parse
+from bench.rows import RESULTS, BenchError, Row, parse
 
 FOLDER = Path(__file__).resolve().parent
 # The most valuable rows first, for machines that are lent for minutes; the others follow by name.
@@ -17,10 +17,6 @@ ORDER = (
     *("attention", "masked_gather", "block_masks", "mlp", "ema"),
 )
 State = Literal["current", "stale", "missing"]
-
-
-class CatalogueError(ValueError):
-    """A name that is no subject; the message names the way out."""
 
 
 class Subject(NamedTuple):
@@ -45,7 +41,7 @@ def subjects() -> list[Subject]:
     found = []
     for path in FOLDER.glob("*.py"):
         source = path.read_text()
-        if not re.search(r"^(def main\(|main = )", source, re.MULTILINE):
+        if not re.search(r"\b(start|op_bench)\(\s*__file__", source):
             continue
         text = (ast.get_docstring(ast.parse(source)) or "").partition("\n\n")[0]
         is_op = "op_bench(" in source
@@ -63,13 +59,13 @@ def chosen(names: Sequence[str]) -> list[Subject]:
     """Return the subjects of some names, all if none is given, in the order in which to measure.
 
     Raises:
-        CatalogueError: A name is no subject.
+        BenchError: A name is no subject.
     """
     every = subjects()
     known = [subject.name for subject in every]
     for name in names:
         if name not in known:
-            raise CatalogueError(f"{name!r} is no bench; there are {', '.join(known)}")
+            raise BenchError(f"{name!r} is no bench; there are {', '.join(known)}")
     return [subject for subject in every if not names or subject.name in names]
 
 

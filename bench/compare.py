@@ -6,7 +6,7 @@ A change is outside the noise where the ranges from p20 to p80 of the two do not
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-from bench.rows import Row, RowsError, Times, latest, read
+from bench.rows import BenchError, Row, Times, latest, read
 
 Verdict = Literal["faster", "slower", "noise"]
 
@@ -47,14 +47,14 @@ def compare(before: str, after: str) -> list[Comparison]:
     """Compare two row files, folders or git revisions, device by device.
 
     Raises:
-        RowsError: One holds no rows, or they share no device: times of two machines are no change.
+        BenchError: One holds no rows, or they share no device: times of two machines are no change.
     """
     sets = [latest(read(source)) for source in (before, after)]
     devices = [{device for device, _, _ in rows} for rows in sets]
     shared = sorted(devices[0] & devices[1])
     if not shared:
         names = " and ".join(", ".join(sorted(names)) for names in devices)
-        raise RowsError(
+        raise BenchError(
             f"{before} and {after} were measured on different devices ({names}): "
             "their ratio would be that of the machines; measure both on one"
         )
@@ -100,8 +100,8 @@ def render(comparison: Comparison) -> str:
             lines.append(f"\n{change.subject}  {change.case}")
         sign = {"faster": "-  faster", "slower": "+  slower", "noise": ""}[change.verdict]
         lines.append(
-            f"  {change.variant:<{width}}  {_range(change.before):<32} -> {_range(change.after):<32}"
-            f" x {change.ratio:5.3f}  {sign}".rstrip()
+            f"  {change.variant:<{width}}  {_range(change.before):<32} -> "
+            f"{_range(change.after):<32} x {change.ratio:5.3f}  {sign}".rstrip()
         )
     for text, names in (
         ("only before", comparison.only_before),

@@ -282,7 +282,7 @@ def overview(device: str, rows: Sequence[Row]) -> Drawing:
         items.append(Line([(x.at(tick), top), (x.at(tick), bottom)], role, width))
         items.append(Text((x.at(tick), top - 8), f"{tick:g}x", anchor="middle"))
         items.append(Text((x.at(tick), bottom + 18), f"{tick:g}x", anchor="middle"))
-    name = "time / time of this library (log scale); right of 1x is slower than ours; bars span p20 to p80"
+    name = "time / time of this library (log scale); right of 1x is slower; bars span p20 to p80"
     items += lines
     items.append(Text((right, bottom + 42), name, size=12.5, anchor="end"))
     text = f"{len(rows)} cases; every number is in the tables of the page."

@@ -108,14 +108,14 @@ def _device(device: str, rows: Sequence[Row], points: Mapping[Key, Sequence[Poin
         if row.subject != last:
             last = row.subject
             parts.append(f"<h3>{html.escape(row.subject)}</h3>")
-        parts.append(_case(row, roof, points[row.key]))
+        parts.append(_case(row, points[row.key]))
     return "".join(parts)
 
 
 def _intensities(rows: Sequence[Row], roof: Ceilings) -> str:
     body = "".join(
-        f'<tr><td class="number">{index}</td><td><a href="#{slug(row)}">{html.escape(row.subject)}, '
-        f"{html.escape(row.case)}</a></td>"
+        f'<tr><td class="number">{index}</td><td><a href="#{slug(row)}">'
+        f"{html.escape(row.subject)}, {html.escape(row.case)}</a></td>"
         f"<td>{number((row.flops or 0) / (row.bytes or 1))}</td>"
         f"<td>{number(row.tflop_per_s(row.ours) or 0)}</td>"
         f"<td>{share_text(row.share(row.ours))}</td></tr>"
@@ -129,7 +129,7 @@ def _intensities(rows: Sequence[Row], roof: Ceilings) -> str:
     )
 
 
-def _case(row: Row, roof: Ceilings, points: Sequence[Point]) -> str:
+def _case(row: Row, points: Sequence[Point]) -> str:
     shown = looks([point.row for point in points])
     longest = max(times.p80 for times in row.times_ms.values())
     floor_ms = row.floor_ms
@@ -159,7 +159,8 @@ def _case(row: Row, roof: Ceilings, points: Sequence[Point]) -> str:
     )
     return (
         f'<article class="case" id="{slug(row)}"><h4>{html.escape(row.case)}</h4>'
-        f'<p class="needs">{html.escape(", ".join(needs))}</p>{table}{_history(points, shown)}</article>'
+        f'<p class="needs">{html.escape(", ".join(needs))}</p>{table}'
+        f"{_history(points, shown)}</article>"
     )
 
 

@@ -12,8 +12,8 @@ RESULTS = "bench/results"
 FLOOR_SUBJECT = "ceilings"
 
 
-class RowsError(ValueError):
-    """No rows where some were expected; the message names the way out."""
+class BenchError(ValueError):
+    """What was asked for is not there; the message names the way out."""
 
 
 class Times(NamedTuple):
@@ -110,7 +110,7 @@ def read(source: str) -> list[Row]:
     """Return the rows of a file, of the files in a folder, or of ``bench/results`` at a revision.
 
     Raises:
-        RowsError: It is none of these, or holds no rows.
+        BenchError: It is none of these, or holds no rows.
     """
     path = Path(source)
     if path.is_file():
@@ -121,11 +121,11 @@ def read(source: str) -> list[Row]:
         revision, _, below = source.partition(":")
         names = git("ls-tree", "-r", "--name-only", revision, "--", below or RESULTS)
         if names is None:
-            raise RowsError(f"{source!r} is no row file, no folder and no git revision")
+            raise BenchError(f"{source!r} is no row file, no folder and no git revision")
         texts = (git("show", f"{revision}:{name}") for name in names.split() if _is_rows(name))
         rows = parse("\n".join(text for text in texts if text))
     if not rows:
-        raise RowsError(f"{source!r} holds no rows; measure some with: tapct-fast bench run")
+        raise BenchError(f"{source!r} holds no rows; measure some with: tapct-fast bench run")
     return rows
 
 
@@ -185,7 +185,7 @@ def history(extra: Sequence[Row] = ()) -> dict[tuple[str, str, str], list[Point]
 def _quiet(revision: str) -> list[Row]:
     try:
         return read(revision)
-    except RowsError:  # a revision that deleted its rows
+    except BenchError:  # a revision that deleted its rows
         return []
 
 

@@ -6,6 +6,7 @@ Exit codes: 0 done, 2 a wrong argument or setting, 65 data that cannot be used, 
 
 import argparse
 import os
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -158,6 +159,22 @@ def _probe(args: argparse.Namespace) -> int:
 
     print(probe_folder(args.features, labels, folds=args.folds, seed=args.seed))
     return 0
+
+
+def _bench(args: argparse.Namespace) -> int:
+    # bench/ is not installed: the rows belong to a repository and its commits.
+    homes = (Path(__file__).parent.parent, Path.cwd())
+    home = next((h for h in homes if (h / "bench" / "harness.py").exists()), None)
+    if home is None:
+        raise InputError(
+            "the benchmarks are not part of the installed package; clone the repository, then "
+            "'pip install -e .' there, or run this verb inside it"
+        )
+    paths = [str(home), str(home / "kernels"), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in paths if p)}
+    # -P: the current folder may hold another bench
+    command = [sys.executable, "-P", "-m", "bench", *args.words]
+    return subprocess.run(command, env=environment, check=False).returncode
 
 
 def _doctor(_: argparse.Namespace) -> int:
@@ -368,6 +385,14 @@ def _parser() -> _Parser:
     probe.add_argument("--seed", type=int, default=0)
     probe.set_defaults(run=_probe)
 
+    bench = verbs.add_parser(
+        "bench",
+        add_help=False,
+        help="list, run, compare and plot the benchmarks of a repository",
+    )
+    bench.add_argument("words", nargs=argparse.REMAINDER)
+    bench.set_defaults(run=_bench)
+
     doctor = verbs.add_parser("doctor", help="show versions, backends and what is missing")
     doctor.set_defaults(run=_doctor)
     return parser
@@ -375,13 +400,17 @@ def _parser() -> _Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return its exit code."""
-    # Before torch starts its threads: threads that spin while they wait cost a loaded machine six
-    # times its speed (2 cores, one of them busy: 2.5 instead of 15 samples/s in the debug recipe).
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
+    if args.verb != "bench":  # measures what the caller set
+        # Before torch starts its threads: threads that spin while they wait cost a loaded machine
+        # six times its speed (2 cores, one of them busy: 2.5 instead of 15 samples/s in the debug
+        # recipe).
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if args.verb == "train":
         args.settings = rest
+    elif args.verb == "bench":
+        args.words = [*rest, *args.words]
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:

@@ -13,7 +13,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 BENCHES = sorted(
     path.stem
     for path in (REPOSITORY / "bench").glob("*.py")
-    if re.search(r"^(def main\(|main = )", path.read_text(), re.MULTILINE)
+    if re.search(r"\b(start|op_bench)\(\s*__file__", path.read_text())
 )
 RIVALS = {
     "integrity": ("nibabel", "SimpleITK", "blosc2"),
