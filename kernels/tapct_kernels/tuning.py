@@ -19,12 +19,15 @@ import torch
 import triton
 
 Config = Mapping[str, int]  # block sizes, num_warps, num_stages
+Launch = tuple[str, int]  # kernel, key
 TUNED = Path(__file__).with_name("tuned")
 
 T = TypeVar("T")
 
 _forced: ContextVar[Mapping[str, Config] | None] = ContextVar("forced", default=None)
-_asked: ContextVar[dict[str, Sequence[Config]] | None] = ContextVar("asked", default=None)
+# Context variables: autograd runs a backward on CUDA in another thread, which does not see them
+# unless torch.autograd.set_multithreading_enabled(False) keeps it in this one.
+_asked: ContextVar[dict[Launch, Sequence[Config]] | None] = ContextVar("asked", default=None)
 
 
 def config_for(kernel: str, key: int, candidates: Sequence[Config]) -> Config:
@@ -37,7 +40,7 @@ def config_for(kernel: str, key: int, candidates: Sequence[Config]) -> Config:
     """
     asked = _asked.get()
     if asked is not None:
-        asked[kernel] = candidates
+        asked[kernel, key] = candidates
     forced_configs = _forced.get() or {}
     if kernel in forced_configs:
         return forced_configs[kernel]
@@ -72,9 +75,9 @@ def forced(kernel: str, config: Config) -> Iterator[None]:
 
 
 @contextmanager
-def asked() -> Iterator[dict[str, Sequence[Config]]]:
-    """Collect the candidates of every kernel launched inside."""
-    found: dict[str, Sequence[Config]] = {}
+def asked() -> Iterator[dict[Launch, Sequence[Config]]]:
+    """Collect the candidates of every kernel and key launched inside."""
+    found: dict[Launch, Sequence[Config]] = {}
     token = _asked.set(found)
     try:
         yield found
@@ -90,7 +93,7 @@ def each_config(call: Callable[[], T]) -> Iterator[tuple[str, Config, T]]:
     """
     with asked() as candidates:
         yield "", {}, call()
-    for kernel, configs in candidates.items():
+    for (kernel, _), configs in candidates.items():
         for config in configs[1:]:
             with forced(kernel, config):
                 result = call()

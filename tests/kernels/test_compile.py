@@ -93,7 +93,7 @@ def test_a_forced_configuration_goes_before_the_default() -> None:
     with tuning.forced("op.kernel", candidates[1]), tuning.asked() as found:
         assert tuning.config_for("op.kernel", 384, candidates) == candidates[1]
         assert tuning.config_for("op.other", 384, candidates) == candidates[0]
-    assert found == {"op.kernel": candidates, "op.other": candidates}
+    assert found == {("op.kernel", 384): candidates, ("op.other", 384): candidates}
     assert tuning.config_for("op.kernel", 384, candidates) == candidates[0]
 
 
