@@ -128,8 +128,9 @@ def _run_one(name: str, options: Sequence[str], limit_s: float | None) -> Outcom
         return Outcome(num_rows, skipped, "")
     kind, _, reason = last.partition(": ")
     if kind == "ModuleNotFoundError":
-        extra = "pip install 'tapct-fast[bench]'"
-        return Outcome(num_rows, [*skipped, f"{reason.lower()}; try {extra}"], "")
+        return Outcome(num_rows, [*skipped, f"{reason}; try pip install 'tapct-fast[bench]'"], "")
+    if kind == "ImportError":
+        return Outcome(num_rows, [*skipped, reason], "")
     return Outcome(num_rows, skipped, last or f"exit code {process.returncode}")
 
 

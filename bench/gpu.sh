@@ -1,26 +1,34 @@
 #!/usr/bin/env bash
-# Build, test and measure on a CUDA machine without a network; what is interrupted goes on where it stopped.
+# Build, measure and test on a CUDA machine without a network, within nine minutes. Safe to interrupt:
+# the same command goes on where it stopped.
 #
-#   bench/gpu.sh                    all steps: build, gpu-tests, benches, tests
-#   bench/gpu.sh build benches      only these
+#   bench/gpu.sh                    build, benches, gpu-tests, tests
+#   bench/gpu.sh build benches      only these; also: tune (launch configurations, into kernels/)
+#
+# The benches go in the order of bench/catalogue.py, the most valuable rows first; then a page with all
+# rows is drawn. Rows that are current, in bench/results or OUT, are not measured again.
 #
 # PYTHON         interpreter that has torch, triton, numpy, pybind11, scikit-build-core (python3)
 # OUT            folder of the rows and logs (out/gpu)
+# TAPCT_VENV     environment to make, which sees the packages of PYTHON (build/gpu)
 # TAPCT_WHEELS   folder of wheels for what PYTHON lacks: blosc2, pydantic, pytest, nibabel, ... (none)
 # TAPCT_CUDA     ON; OFF builds without CUDA code
-# TAPCT_TEST_S   limit of each test step in seconds (300)
+# TAPCT_TOTAL_S  seconds for all steps together (530)
+# TAPCT_BENCH    more words for "bench run": names, --tiny (none)
+# TAPCT_BENCH_S  seconds for each bench (100)
 #
-# Packages go into an environment of their own, build/gpu, that sees those of PYTHON. Without blosc2 the
-# native core cannot be built: then only the op library is tested and measured, and skipped.txt says so.
+# Without blosc2 the native core cannot be built: then only the op library is tested and measured, and
+# skipped.txt says so.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 PYTHON=${PYTHON:-python3}
 OUT=$(mkdir -p "${OUT:-out/gpu}" && cd "${OUT:-out/gpu}" && pwd) || exit
 export OUT TAPCT_CUDA=${TAPCT_CUDA:-ON} TAPCT_REQUIRE_GPU=1 PYTHONUNBUFFERED=1
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
-venv=$PWD/build/gpu
+venv=${TAPCT_VENV:-$PWD/build/gpu}
 python=$venv/bin/python
 failed=()
+trap 'echo "interrupted; the same command goes on"; exit 130' INT TERM
 
 # run LOG COMMAND...: a failure is reported at the end, and the next step still runs.
 run() {
@@ -37,7 +45,7 @@ make_environment() {
   if ! [ -x "$python" ]; then
     "$PYTHON" -m venv --without-pip "$venv" || exit
     # PYTHON may itself live in an environment, which --system-site-packages would not see.
-    "$PYTHON" -c 'import site; print(*site.getsitepackages(), sep="\n")' \
+    "$PYTHON" -c 'import sys; print(*(p for p in sys.path if p.endswith("-packages")), sep="\n")' \
       > "$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/parent.pth"
   fi
   PATH=$venv/bin:$(dirname "$("$PYTHON" -c 'import sys; print(sys.executable)')"):$PATH
@@ -57,28 +65,50 @@ build() {
 # Where the native core is missing, the op library stands alone.
 has_native() { has tapct_fast && "$python" -c "import tapct_fast._native" 2> /dev/null; }
 
-pytest_on() {
+left() { echo $((${TAPCT_TOTAL_S:-530} - SECONDS)); }
+
+# timed LOG COMMAND...: within the time that is left.
+timed() {
   local log=$1
+  shift
+  if [ "$(left)" -lt 5 ]; then
+    skip "$*: the ${TAPCT_TOTAL_S:-530} s are over"
+  else
+    run "$log" timeout --signal=INT --kill-after=10 "$(left)" "$@"
+  fi
+}
+
+# Tests that passed are not run again until a source changes.
+pytest_on() {
+  local log=$1 done=$OUT/${1%.log}.passed
   shift
   if ! has pytest; then
     skip "${log%.log}: $PYTHON has no pytest and TAPCT_WHEELS brings none"
-    return
+  elif [ -e "$done" ] && [ -z "$(find kernels tests tapct_fast bench -name '*.py' -newer "$done")" ]; then
+    echo "== ${log%.log}: passed already"
+  else
+    has_native || set -- tests/kernels "$@"
+    local before=${#failed[@]}
+    timed "$log" "$python" -m pytest -q "$@"
+    [ "$before" = ${#failed[@]} ] && touch "$done"
   fi
-  has_native || set -- tests/kernels "$@"
-  run "$log" timeout "${TAPCT_TEST_S:-300}" "$python" -m pytest -q "$@"
 }
 
 benches() {
-  local file name
-  for file in bench/*.py; do
-    name=$(basename "$file" .py)
-    grep -qE '"cuda"|op_bench' "$file" && grep -qE '^(def main\(|main = )' "$file" || continue # the others need real CT
-    if grep -q '^from tapct_fast' "$file" && ! has_native; then
-      skip "bench $name: no native core"
-    else
-      run bench.log timeout 240 "$python" -m "bench.$name" --missing
-    fi
-  done
+  local kept=20 # seconds for the page
+  # shellcheck disable=SC2086 # TAPCT_BENCH holds words
+  timed bench.log "$python" -m bench run --missing --limit "${TAPCT_BENCH_S:-100}" \
+    --total "$(($(left) - kept))" ${TAPCT_BENCH:-}
+  if ! has_native; then
+    skip "page: no native core; draw it elsewhere with tapct-fast bench plot $OUT"
+  elif compgen -G "$OUT/*.jsonl" > /dev/null; then
+    timed bench.log "$python" -m bench plot --out "$OUT/page" "$OUT"
+  fi
+}
+
+tune() {
+  timed tune.log "$python" -m bench.tune
+  cp -r kernels/tapct_kernels/tuned "$OUT" 2> /dev/null
 }
 
 make_environment
@@ -92,14 +122,15 @@ except ImportError as error:
 device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"
 print(f"torch {torch.__version__}, triton {triton.__version__}, {device}")
 END
-for step in "${@:-build gpu-tests benches tests}"; do
+for step in "${@:-build benches gpu-tests tests}"; do
   for word in $step; do
     case $word in
       build) build && has_native && unset PYTHONPATH ;;
       gpu-tests) pytest_on gpu-tests.log -m gpu ;;
       benches) benches ;;
+      tune) tune ;;
       tests) OMP_NUM_THREADS=1 pytest_on tests.log -m "not gpu" ;;
-      *) echo "bench/gpu.sh: $word is not one of build, gpu-tests, benches, tests" >&2 && exit 2 ;;
+      *) echo "bench/gpu.sh: $word is not one of build, benches, gpu-tests, tests, tune" >&2 && exit 2 ;;
     esac
   done
 done

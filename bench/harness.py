@@ -20,6 +20,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -202,18 +203,19 @@ def _measure(run: Run, name: str, device: Device, work: Work) -> None:
         }
     if work.absent:
         row["absent"] = work.absent
-    floor = floor_ms(device, work)
+    floor = floor_ms(device, work, (RESULTS, run.out))
     if floor is not None:
         row["floor_ms"] = floor
     row |= {"backend": work.backend, "relative_error": errors, "bytes": work.bytes}
     run.write(name, device, times, **row)
 
 
-def floor_ms(device: Device, work: Work) -> float | None:
-    """Return the least time that the measured ceilings allow, or None where none are committed."""
+def floor_ms(device: Device, work: Work, folders: Sequence[Path] = (RESULTS,)) -> float | None:
+    """Return the least time that the measured ceilings allow, or None where there are none."""
     rows = [
         row
-        for row in _rows(RESULTS / f"{device_name(device)}.jsonl")
+        for folder in folders
+        for row in _rows(folder / f"{device_name(device)}.jsonl")
         if row["subject"] == "ceilings" and not row["tiny"]
     ]
     dtype = str(work.dtype).removeprefix("torch.")
@@ -363,7 +365,11 @@ def digest_of(sources: Sequence[str]) -> str:
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with suppress(ValueError):  # a line that a killed process left unfinished
+            rows.append(json.loads(line))
+    return rows
 
 
 def _once_cpu(call: Callable[[], Any]) -> float:
