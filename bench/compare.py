@@ -124,4 +124,5 @@ def number(value: float) -> str:
     """Return a positive number with three to four digits that mean something."""
     if value >= 1000:
         return f"{value:,.0f}"
-    return f"{value:.{2 if value >= 10 else 3 if value >= 1 else 4}f}"
+    digits = 1 if value >= 100 else 2 if value >= 10 else 3 if value >= 1 else 4
+    return f"{value:.{digits}f}"

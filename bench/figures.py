@@ -1,7 +1,8 @@
 """The pictures of the benchmarks: a roofline, times relative to ours, and a history per case."""
 
 import math
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -11,6 +12,8 @@ from bench.rows import FLOOR_SUBJECT, Ceilings, Row, Times
 from bench.rows import Point as Measured
 
 WIDTH = 1032
+OURS = "this library"
+# Five shapes and four colours: twenty rivals before two look alike.
 SHAPES: tuple[Shape, ...] = ("diamond", "triangle", "cross", "square", "circle")
 RIVALS = ("rival-a", "rival-b", "rival-c", "rival-d")
 Items = list[Line | Area | Mark | Text]
@@ -27,25 +30,25 @@ class Look(NamedTuple):
 def kind(variant: str) -> str:
     """Return what a variant is drawn and listed as: ours, eager, compile, or a rival by name."""
     if variant.startswith("tapct"):
-        return "this library"
+        return OURS
     if "compile" in variant:
         return "torch.compile"
     if variant.startswith("eager"):
         return "eager"
-    return variant.split(",")[0].split(" (")[0].strip()
+    return re.split(r",| \(| \+ ", variant)[0].strip()
 
 
 def looks(rows: Iterable[Row]) -> dict[str, Look]:
     """Return the looks of all kinds among some rows, the same for the same set of names."""
     fixed = {
-        "this library": Look("this library", "ours", "circle"),
+        OURS: Look(OURS, "ours", "circle"),
         "eager": Look("eager", "eager", "square"),
         "torch.compile": Look("torch.compile", "compile", "diamond"),
     }
     kinds = sorted({kind(variant) for row in rows for variant in row.times_ms})
     rivals = [name for name in kinds if name not in fixed]
     others = {
-        name: Look(name, RIVALS[i % len(RIVALS)], SHAPES[(i + i // len(RIVALS)) % len(SHAPES)])
+        name: Look(name, RIVALS[i % len(RIVALS)], SHAPES[i % len(SHAPES)])
         for i, name in enumerate(rivals)
     }
     return {name: look for name, look in {**fixed, **others}.items() if name in kinds}
@@ -99,13 +102,13 @@ def roofline(device: str, rows: Sequence[Row], ceilings: Ceilings) -> Drawing | 
     ridge = (ceilings.tflop_per_s or top_rate) / slope if slope else max(intensity.values())
     height, left, right, bottom = 560, 76, WIDTH - 24, 500
     shown = looks(row for _, row in cases)
-    legend, used = _legend(shown.values(), left, 46, right)
+    legend, used = _legend(shown.values(), 24, 46, right)
     top = 46 + used
     x = _Log(10 ** math.floor(math.log10(min(intensity.values()) / 1.6)),
              max(max(intensity.values()) * 2.5, ridge * 6), left, right)  # fmt: skip
     y = _Log(min(rates) / 1.8, top_rate * 2.2, bottom, top)
 
-    items: Items = [Text((left, 20), f"Roofline, {device}", "ink", 17, is_bold=True), *legend]
+    items: Items = [Text((24, 20), f"Roofline, {device}", "ink", 17, is_bold=True), *legend]
     roof = _roof(x, y, slope, ceilings.tflop_per_s)
     if len(roof) > 1:
         items.append(Area([*roof, (roof[-1][0], bottom), (roof[0][0], bottom)], "ours", 0.045))
@@ -120,8 +123,7 @@ def roofline(device: str, rows: Sequence[Row], ceilings: Ceilings) -> Drawing | 
         items.append(
             Line([(at_x, min(heights.values())), (at_x, max(heights.values()))], "faint", 1.5)
         )
-        # Ours last, on top.
-        for variant in sorted(row.times_ms, key=lambda v: kind(v) == "this library"):
+        for variant in _ours_last(row):
             look = shown[kind(variant)]
             size = 12 if variant == row.ours else 9.5
             title = _title(row, variant)
@@ -200,10 +202,10 @@ def ceilings_text(ceilings: Ceilings) -> str:
 
 def _axes(x: _Log, y: _Log, x_name: str, y_name: str) -> Items:
     items: Items = []
-    for tick in x.ticks():
+    for tick in x.ticks(_steps(x)):
         items.append(Line([(x.at(tick), y.start), (x.at(tick), y.end)], "faint"))
         items.append(Text((x.at(tick), y.start + 20), f"{tick:g}", anchor="middle"))
-    for tick in y.ticks():
+    for tick in y.ticks(_steps(y)):
         items.append(Line([(x.start, y.at(tick)), (x.end, y.at(tick))], "faint"))
         items.append(Text((x.start - 9, y.at(tick) + 4), f"{tick:g}", anchor="end"))
     middle = ((x.start + x.end) / 2, (y.start + y.end) / 2)
@@ -211,6 +213,11 @@ def _axes(x: _Log, y: _Log, x_name: str, y_name: str) -> Items:
     items.append(Text((22, middle[1]), y_name, size=13, anchor="middle", turn_degrees=90))
     items.append(Line([(x.start, y.end), (x.start, y.start), (x.end, y.start)], "soft", 1.2))
     return items
+
+
+def _steps(axis: _Log) -> Sequence[int]:
+    """Return which multiples of a power of ten to label."""
+    return (1,) if axis.high / axis.low > 300 else (1, 2, 5)
 
 
 def _title(row: Row, variant: str) -> str:
@@ -239,54 +246,85 @@ def _title(row: Row, variant: str) -> str:
 def overview(device: str, rows: Sequence[Row]) -> Drawing:
     """Draw the time of every variant of every case relative to ours."""
     rows = [row for row in rows if row.subject != FLOOR_SUBJECT]
+    return _strips(
+        f"Time relative to ours, {device}",
+        rows,
+        lambda row, time_ms: time_ms / row.times_ms[row.ours].p50,
+        unit="x",
+        axis="time / time of this library; right of 1x is slower; bars span p20 to p80",
+        line=(1.0, "ours", ""),
+    )
+
+
+def bandwidth(device: str, rows: Sequence[Row], ceilings: Ceilings) -> Drawing | None:
+    """Draw the achieved bandwidth of ops without a matrix product; None if there are none."""
+    rows = [row for row in rows if not row.flops and row.bytes and "dtype" in row.values]
+    rows = [row for row in rows if row.subject != FLOOR_SUBJECT]
+    if not rows:
+        return None
+    copy = ceilings.gb_per_s
+    return _strips(
+        f"Bandwidth, {device}",
+        rows,
+        lambda row, time_ms: (row.bytes or 0) / time_ms / 1e6,
+        unit="",
+        axis="GB/s of the bytes that the case needs; bars span p20 to p80",
+        line=(copy, "ink", f"copy {number(copy)} GB/s") if copy else None,
+    )
+
+
+def _strips(
+    title: str,
+    rows: Sequence[Row],
+    value: Callable[[Row, float], float],
+    *,
+    unit: str,
+    axis: str,
+    line: tuple[float, str, str] | None,
+) -> Drawing:
+    """Draw one line per case: its variants on a shared logarithmic axis, ours on top."""
     shown = looks(rows)
     left, right = 372, WIDTH - 24
     legend, used = _legend(shown.values(), 24, 46, right)
     top = 46 + used + 26
-    ratios = [
-        t / row.times_ms[row.ours].p50
-        for row in rows
-        for times in row.times_ms.values()
-        for t in times
-    ]
-    low, high = min([*ratios, 0.8]) / 1.15, max([*ratios, 2.5]) * 1.2
-    x = _Log(low, high, left, right)
-    lines: Items = []
-    y = top + 6.0
-    last = None
+    every = [value(r, t) for r in rows for times in r.times_ms.values() for t in times]
+    every += [line[0], 2.2 * line[0]] if line else []
+    x = _Log(min(every) / 1.25, max(every) * 1.2, left, right)
+    items: Items = []
+    y, last = top - 16.0, ""
     for row in rows:
         if row.subject != last:
-            y += 26 if last is None else 34
+            y += 34
             last = row.subject
-            lines.append(Text((24, y), row.subject, "ink", 14, is_bold=True))
+            items.append(Text((24, y), row.subject, "ink", 14, is_bold=True))
         y += 24
-        lines.append(
-            Text((24, y + 4), _cut(row.case, left - 44, 13), size=13, href=f"#{slug(row)}")
-        )
-        lines.append(Line([(left, y), (right, y)], "faint"))
-        ours = row.times_ms[row.ours].p50
-        for variant in sorted(
-            row.times_ms, key=lambda v: (kind(v) == "this library", v == row.ours)
-        ):
+        name = _cut(row.case, left - 44, 13)
+        items.append(Text((24, y + 4), name, size=13, href=f"#{slug(row)}"))
+        items.append(Line([(left, y), (right, y)], "faint"))
+        for variant in _ours_last(row):
             look = shown[kind(variant)]
-            p20, p50, p80 = (t / ours for t in row.times_ms[variant])
-            lines.append(Line([(x.at(p20), y), (x.at(p80), y)], look.role, 3))
-            title = _title(row, variant)
+            p20, p50, p80 = (x.at(value(row, t)) for t in row.times_ms[variant])
+            items.append(Line([(p20, y), (p80, y)], look.role, 3))
             size = 12 if variant == row.ours else 9.5
-            lines.append(Mark((x.at(p50), y), look.shape, look.role, size, title))
+            items.append(Mark((p50, y), look.shape, look.role, size, _title(row, variant)))
     bottom = y + 22
-    items: Items = [Text((24, 20), f"Time relative to ours, {device}", "ink", 17, is_bold=True)]
-    items += legend
+    ground: Items = [Text((24, 20), title, "ink", 17, is_bold=True), *legend]
     for tick in x.ticks((1, 2, 5)):
-        role, width = ("ours", 1.5) if tick == 1 else ("faint", 1.0)
-        items.append(Line([(x.at(tick), top), (x.at(tick), bottom)], role, width))
-        items.append(Text((x.at(tick), top - 8), f"{tick:g}x", anchor="middle"))
-        items.append(Text((x.at(tick), bottom + 18), f"{tick:g}x", anchor="middle"))
-    name = "time / time of this library (log scale); right of 1x is slower; bars span p20 to p80"
-    items += lines
-    items.append(Text((right, bottom + 42), name, size=12.5, anchor="end"))
-    text = f"{len(rows)} cases; every number is in the tables of the page."
-    return Drawing(WIDTH, int(bottom + 56), f"Time relative to ours, {device}", text, items)
+        ground.append(Line([(x.at(tick), top), (x.at(tick), bottom)], "faint"))
+        for at_y in (top - 8, bottom + 18):
+            ground.append(Text((x.at(tick), at_y), f"{tick:g}{unit}", anchor="middle"))
+    if line:
+        at_x = x.at(line[0])
+        ground.append(Line([(at_x, top), (at_x, bottom)], line[1], 1.6))
+        ground.append(Text((at_x + 6, top + 12), line[2], "ink", 12.5))
+    text = Text((right, bottom + 42), axis, size=12.5, anchor="end")
+    said = f"{len(rows)} cases; every number is in the tables of the page."
+    return Drawing(WIDTH, int(bottom + 56), title, said, [*ground, *items, text])
+
+
+def _ours_last(row: Row) -> list[str]:
+    """Return the variants in the order in which to draw them, so that ours is on top."""
+    return sorted(row.times_ms, key=lambda v: (kind(v) == OURS, v == row.ours))
 
 
 def _cut(text: str, width: float, size: float) -> str:
@@ -340,7 +378,7 @@ def timeline(points: Sequence[Measured], shown: dict[str, Look]) -> Drawing:
             items.append(Text((x, bottom + 36), point.day, size=11.5, anchor="middle"))
     items.append(Text((16, (top + bottom) / 2), "ms", size=12.5, anchor="middle", turn_degrees=90))
     variants = dict.fromkeys(v for point in points for v in point.row.times_ms)
-    for variant in sorted(variants, key=lambda v: kind(v) == "this library"):
+    for variant in sorted(variants, key=lambda v: kind(v) == OURS):
         look = shown[kind(variant)]
         seen = [
             (x, p.row.times_ms[variant])

@@ -12,6 +12,7 @@ from bench.compare import number
 from bench.drawing import STYLE, Drawing, Mark, png_bytes, svg
 from bench.figures import (
     Look,
+    bandwidth,
     ceilings_text,
     kind,
     looks,
@@ -44,8 +45,7 @@ def write_plots(out: Path, points: Mapping[Key, Sequence[Point]]) -> list[Path]:
     written = [out / "bench.html"]
     write_atomic(written[0], page(points).encode())
     for device, rows in by_device(points).items():
-        for drawing in pictures(device, rows):
-            name = "roofline" if drawing.title.startswith("Roofline") else "times"
+        for name, drawing in pictures(device, rows).items():
             for suffix, data in (
                 ("svg", svg(drawing, is_file=True).encode()),
                 ("png", png_bytes(drawing)),
@@ -63,11 +63,16 @@ def by_device(points: Mapping[Key, Sequence[Point]]) -> dict[str, list[Row]]:
     return found
 
 
-def pictures(device: str, rows: Sequence[Row]) -> list[Drawing]:
-    """Return the pictures of one device."""
-    roof = roofline(device, rows, ceilings(rows).get(device, Ceilings()))
+def pictures(device: str, rows: Sequence[Row]) -> dict[str, Drawing]:
+    """Return the pictures of one device by the name of their files."""
+    roof = ceilings(rows).get(device, Ceilings())
     compared = [row for row in rows if row.subject != FLOOR_SUBJECT]
-    return [*([roof] if roof else []), *([overview(device, compared)] if compared else [])]
+    found = {
+        "roofline": roofline(device, rows, roof),
+        "bandwidth": bandwidth(device, rows, roof),
+        "times": overview(device, compared) if compared else None,
+    }
+    return {name: drawing for name, drawing in found.items() if drawing}
 
 
 def page(points: Mapping[Key, Sequence[Point]]) -> str:
@@ -96,20 +101,41 @@ def page(points: Mapping[Key, Sequence[Point]]) -> str:
 
 
 def _device(device: str, rows: Sequence[Row], points: Mapping[Key, Sequence[Point]]) -> str:
-    roof = ceilings(rows).get(device, Ceilings())
-    parts = [f'<figure class="wide">{svg(drawing)}</figure>' for drawing in pictures(device, rows)]
-    if numbered(rows):
-        parts.insert(1, _intensities(rows, roof))
-    else:
-        said = "No roofline: no row of this device states both bytes and FLOPs."
-        parts.insert(0, f"<p>{said}</p>")
+    drawn = {
+        name: f'<figure class="wide">{svg(drawing)}</figure>'
+        for name, drawing in pictures(device, rows).items()
+    }
+    if "roofline" in drawn:
+        drawn["roofline"] += _intensities(rows, ceilings(rows).get(device, Ceilings()))
+    measured = [row for row in rows if row.subject == FLOOR_SUBJECT]
+    parts = [*drawn.values(), *([_ceilings(measured)] if measured else [])]
     last = None
     for row in rows:
+        if row.subject == FLOOR_SUBJECT:
+            continue
         if row.subject != last:
             last = row.subject
             parts.append(f"<h3>{html.escape(row.subject)}</h3>")
         parts.append(_case(row, points[row.key]))
     return "".join(parts)
+
+
+def _ceilings(rows: Sequence[Row]) -> str:
+    """Return what the device allows at most, one line per measurement."""
+    body = "".join(
+        f'<tr id="{slug(row)}"><th scope="row">{html.escape(row.case)}</th>'
+        f"<td>{html.escape(variant)}</td><td>{number(times.p50)}</td>"
+        f"<td>{number(times.p20)} to {number(times.p80)}</td>"
+        f"<td>{_rate(row.gb_per_s(variant))}</td><td>{_rate(row.tflop_per_s(variant))}</td></tr>"
+        for row in rows
+        for variant, times in row.times_ms.items()
+    )
+    return (
+        '<details class="ceilings"><summary>Ceilings: what this device allows</summary>'
+        '<div class="scroll"><table><thead><tr><th>what</th><th>by</th><th>p50, ms</th>'
+        "<th>p20 to p80</th><th>GB/s</th><th>TFLOP/s</th></tr></thead>"
+        f"<tbody>{body}</tbody></table></div></details>"
+    )
 
 
 def _intensities(rows: Sequence[Row], roof: Ceilings) -> str:
@@ -265,16 +291,19 @@ tbody tr:last-child>*{border-bottom:0}
 td{text-align:right}thead th{text-align:right}thead th:first-child,thead th.bar{text-align:left}
 td:nth-child(2){color:var(--ink)}
 .case tbody th{color:var(--ink);font-size:14px}
-.case td:nth-child(3){color:var(--soft)}
+.case>.scroll td:nth-child(3){color:var(--soft)}
 tr.ours th,tr.ours td:nth-child(2){font-weight:600}
 .bar{width:228px;padding-right:0}td.bar svg{width:220px;height:20px}
 svg.swatch{display:inline-block;width:14px;height:14px;margin-right:8px;vertical-align:-2px}
 summary{cursor:pointer;font-size:13px;color:var(--soft);padding:6px 0}
 summary:hover{color:var(--ink)}
-.numbers td:nth-child(2),.numbers th:nth-child(2){text-align:left}.numbers td{color:var(--ink)}
+.numbers td:nth-child(2),.numbers th:nth-child(2){text-align:left}
+.ceilings td:nth-child(2),.ceilings th:nth-child(2){text-align:left}.numbers td{color:var(--ink)}
+.ceilings tbody th{color:var(--ink)}
 .numbers table{margin:4px 0 18px}
 .beside{display:grid;grid-template-columns:minmax(0,500px) minmax(0,1fr);gap:20px;align-items:start}
-.beside table{font-size:12.5px}.beside td:first-child,.beside td:nth-child(2){text-align:left}
+.beside table{font-size:12.5px}.beside :is(td,th):nth-child(-n+2),.beside :is(td,th):last-child
+{text-align:left}
 .filter{display:flex;gap:12px;align-items:center;margin-top:36px;font-size:14px;color:var(--soft)}
 .filter input{flex:1;max-width:360px;font:inherit;color:var(--ink);background:var(--panel);
 border:1px solid var(--faint);border-radius:8px;padding:7px 12px}
