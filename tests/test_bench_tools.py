@@ -149,7 +149,7 @@ def test_the_page_stands_alone_and_names_every_case(
     written = tools.plot.write_plots(tmp_path / "out", points)
     names = sorted(path.name for path in written)
     assert names == [
-        "bench.html",
+        *("bandwidth-gpu-a.png", "bandwidth-gpu-a.svg", "bench.html"),
         *("roofline-gpu-a.png", "roofline-gpu-a.svg"),
         *("times-cpu-b.png", "times-cpu-b.svg", "times-gpu-a.png", "times-gpu-a.svg"),
     ]

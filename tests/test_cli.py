@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from tapct_fast import demo, recipes
+from tapct_fast import cli, demo, recipes
 from tapct_fast.cli import main
 from tapct_fast.config import CropConfig, HeadConfig, HeadsConfig, TrainConfig, VitConfig
 from tapct_fast.data.phantom import make_phantom
@@ -231,6 +231,21 @@ def test_unusable_data_is_one_line_and_exit_code_65(
     scan = str(folder / "scans" / "0.nii.gz")
     code, error = _fails(capsys, ["embed", str(weights), scan, "--out", str(tmp_path / "e")])
     assert code == 65
+
+
+def test_bench_is_forwarded_to_the_repository_from_any_folder(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["bench", "--help"]) == 0
+    assert "rooflines" in capfd.readouterr().out
+    assert main(["bench", "compare", "a", "b"]) == 2
+    assert "'a' is no row file, no folder and no git revision" in capfd.readouterr().err
+
+    # An installed package without its repository, outside of one.
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "site" / "tapct_fast" / "cli.py"))
+    assert main(["bench", "list"]) == 2
+    assert "clone the repository" in capfd.readouterr().err
 
 
 def test_help_of_each_verb_says_what_it_needs(capsys: pytest.CaptureFixture[str]) -> None:
