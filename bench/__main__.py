@@ -11,10 +11,22 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from bench.compare import compare, number, render
-from bench.rows import REPOSITORY, RESULTS, BenchError, Row, history, latest, parse, read
+from bench.compare import compare, render
+from bench.rows import (
+    REPOSITORY,
+    RESULTS,
+    BenchError,
+    Row,
+    flop_rate,
+    history,
+    latest,
+    number,
+    parse,
+    read,
+)
 
 INTERRUPTED = 130
+MOST_LISTED = 12  # cases of one subject, unless it was named
 
 
 class Outcome(NamedTuple):
@@ -42,9 +54,10 @@ def _list(args: argparse.Namespace) -> int:
         except ImportError as error:
             print(f"  needs {error.name}, which is not installed\n")
             continue
-        counts = Counter(case.state for case in cases)
+        counts = Counter[str](case.state for case in cases)
         print("  " + (", ".join(f"{n} {state}" for state, n in counts.items()) or "no rows"))
-        for case in cases:
+        # Fifty lines that say the same help nobody who did not ask for them.
+        for case in cases if args.name or len(cases) <= MOST_LISTED else ():
             when = f"  ({case.row.commit})" if case.row else ""
             print(f"    {case.state:<8} {case.name}{when}")
         print()
@@ -127,9 +140,9 @@ def _run_one(name: str, options: Sequence[str], limit_s: float | None) -> Outcom
     if process.returncode == 0:
         return Outcome(num_rows, skipped, "")
     kind, _, reason = last.partition(": ")
-    if kind == "ModuleNotFoundError":
+    if kind == "ModuleNotFoundError" and "tapct" not in reason:
         return Outcome(num_rows, [*skipped, f"{reason}; try pip install 'tapct-fast[bench]'"], "")
-    if kind == "ImportError":
+    if kind == "ImportError" and "_native is not built" in reason:
         return Outcome(num_rows, [*skipped, reason], "")
     return Outcome(num_rows, skipped, last or f"exit code {process.returncode}")
 
@@ -169,10 +182,10 @@ def _search_path() -> str:
 
 
 def _table(row: Row) -> str:
-    head = ("", "p50 ms", "p20..p80", "to ours", "GB/s", "TFLOP/s", "of floor")
+    head = ("", "p50 ms", "p20..p80", "to ours", "GB/s", "FLOP/s", "of floor")
     lines = [head]
     for variant, times in row.times_ms.items():
-        gb, tflop, share = row.gb_per_s(variant), row.tflop_per_s(variant), row.share(variant)
+        gb, share = row.gb_per_s(variant), row.share(variant)
         lines.append(
             (
                 variant,
@@ -180,7 +193,7 @@ def _table(row: Row) -> str:
                 f"{number(times.p20)}..{number(times.p80)}",
                 f"{row.ratio(variant):.2f}",
                 number(gb) if gb else "-",
-                number(tflop) if tflop else "-",
+                flop_rate(row.tflop_per_s(variant)),
                 f"{100 * share:.0f} %" if share else "-",
             )
         )

@@ -6,7 +6,7 @@ A change is outside the noise where the ranges from p20 to p80 of the two do not
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-from bench.rows import BenchError, Row, Times, latest, read
+from bench.rows import BenchError, Row, Times, latest, number, read
 
 Verdict = Literal["faster", "slower", "noise"]
 
@@ -118,11 +118,3 @@ def render(comparison: Comparison) -> str:
 
 def _range(times: Times) -> str:
     return f"{number(times.p50):>9} ms [{number(times.p20)}..{number(times.p80)}]"
-
-
-def number(value: float) -> str:
-    """Return a positive number with three to four digits that mean something."""
-    if value >= 1000:
-        return f"{value:,.0f}"
-    digits = 1 if value >= 100 else 2 if value >= 10 else 3 if value >= 1 else 4
-    return f"{value:.{digits}f}"

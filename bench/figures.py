@@ -6,9 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from bench.compare import number
 from bench.drawing import Area, Drawing, Line, Mark, Point, Shape, Text, text_width
-from bench.rows import FLOOR_SUBJECT, Ceilings, Row, Times
+from bench.rows import FLOOR_SUBJECT, Ceilings, Row, Times, flop_rate, number
 from bench.rows import Point as Measured
 
 WIDTH = 1032
@@ -112,7 +111,7 @@ def roofline(device: str, rows: Sequence[Row], ceilings: Ceilings) -> Drawing | 
     roof = _roof(x, y, slope, ceilings.tflop_per_s)
     if len(roof) > 1:
         items.append(Area([*roof, (roof[-1][0], bottom), (roof[0][0], bottom)], "ours", 0.045))
-    items += _axes(x, y, "FLOP per byte that the case needs", "TFLOP/s")
+    items += _axes(x, y, "FLOP per byte that the case needs", "FLOP/s")
     if len(roof) > 1:
         items.append(Line(roof, "ink", 1.8))
         items += _roof_labels(x, y, slope, ceilings)
@@ -172,7 +171,7 @@ def _roof(x: _Log, y: _Log, slope: float, flat: float | None) -> list[Point]:
 def _roof_labels(x: _Log, y: _Log, slope: float, ceilings: Ceilings) -> Items:
     items: Items = []
     if ceilings.tflop_per_s:
-        text = f"best matrix product {number(ceilings.tflop_per_s)} TFLOP/s"
+        text = f"best matrix product {flop_rate(ceilings.tflop_per_s)}FLOP/s"
         items.append(Text((x.end - 4, y.at(ceilings.tflop_per_s) - 8), text, "ink", 12.5, "end"))
     if slope:
         enter = max(x.low, y.low / slope)
@@ -193,7 +192,7 @@ def ceilings_text(ceilings: Ceilings) -> str:
         return "The ceilings of this device are not measured, so there is no roof."
     copy = f"copy {number(ceilings.gb_per_s)} GB/s" if ceilings.gb_per_s else "copy not measured"
     product = (
-        f"matrix product {number(ceilings.tflop_per_s)} TFLOP/s"
+        f"matrix product {flop_rate(ceilings.tflop_per_s)}FLOP/s"
         if ceilings.tflop_per_s
         else "matrix product not measured"
     )
@@ -207,12 +206,18 @@ def _axes(x: _Log, y: _Log, x_name: str, y_name: str) -> Items:
         items.append(Text((x.at(tick), y.start + 20), f"{tick:g}", anchor="middle"))
     for tick in y.ticks(_steps(y)):
         items.append(Line([(x.start, y.at(tick)), (x.end, y.at(tick))], "faint"))
-        items.append(Text((x.start - 9, y.at(tick) + 4), f"{tick:g}", anchor="end"))
+        items.append(Text((x.start - 9, y.at(tick) + 4), _power(tick), anchor="end"))
     middle = ((x.start + x.end) / 2, (y.start + y.end) / 2)
     items.append(Text((middle[0], y.start + 44), x_name, size=13, anchor="middle"))
     items.append(Text((22, middle[1]), y_name, size=13, anchor="middle", turn_degrees=90))
     items.append(Line([(x.start, y.end), (x.start, y.start), (x.end, y.start)], "soft", 1.2))
     return items
+
+
+def _power(tflop_per_s: float) -> str:
+    """Return a round rate with its prefix."""
+    scale, prefix = next(s for s in ((1, "T"), (1e3, "G"), (1e6, "M")) if tflop_per_s * s[0] > 0.99)
+    return f"{round(tflop_per_s * scale):g} {prefix}"
 
 
 def _steps(axis: _Log) -> Sequence[int]:
@@ -223,21 +228,15 @@ def _steps(axis: _Log) -> Sequence[int]:
 def _title(row: Row, variant: str) -> str:
     times = row.times_ms[variant]
     share = row.share(variant)
-    rates = [
-        f"{number(rate)} {unit}"
-        for rate, unit in (
-            (row.gb_per_s(variant), "GB/s"),
-            (row.tflop_per_s(variant), "TFLOP/s"),
-        )
-        if rate
-    ]
+    gb, tflop = row.gb_per_s(variant), row.tflop_per_s(variant)
+    rates = [*([f"{number(gb)} GB/s"] if gb else []), f"{flop_rate(tflop)}FLOP/s" if tflop else ""]
     return "\n".join(
         [
             f"{row.subject}, {row.case}",
             variant,
             f"{number(times.p50)} ms (p20 {number(times.p20)}, p80 {number(times.p80)})",
             f"{row.ratio(variant):.2f} times ours",
-            *([", ".join(rates)] if rates else []),
+            *filter(None, [", ".join(filter(None, rates))]),
             *([f"{100 * share:.0f} % of the attainable rate"] if share else []),
         ]
     )

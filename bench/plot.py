@@ -8,7 +8,6 @@ import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from bench.compare import number
 from bench.drawing import STYLE, Drawing, Mark, png_bytes, svg
 from bench.figures import (
     Look,
@@ -24,7 +23,7 @@ from bench.figures import (
     timeline,
     whisker,
 )
-from bench.rows import FLOOR_SUBJECT, Ceilings, Point, Row, ceilings
+from bench.rows import FLOOR_SUBJECT, Ceilings, Point, Row, ceilings, flop_rate, number
 from tapct_fast.io.atomic import write_atomic
 from tapct_fast.report import facts_list, render_page
 
@@ -126,14 +125,14 @@ def _ceilings(rows: Sequence[Row]) -> str:
         f'<tr id="{slug(row)}"><th scope="row">{html.escape(row.case)}</th>'
         f"<td>{html.escape(variant)}</td><td>{number(times.p50)}</td>"
         f"<td>{number(times.p20)} to {number(times.p80)}</td>"
-        f"<td>{_rate(row.gb_per_s(variant))}</td><td>{_rate(row.tflop_per_s(variant))}</td></tr>"
+        f"<td>{_rate(row.gb_per_s(variant))}</td><td>{flop_rate(row.tflop_per_s(variant))}</td></tr>"
         for row in rows
         for variant, times in row.times_ms.items()
     )
     return (
         '<details class="ceilings"><summary>Ceilings: what this device allows</summary>'
         '<div class="scroll"><table><thead><tr><th>what</th><th>by</th><th>p50, ms</th>'
-        "<th>p20 to p80</th><th>GB/s</th><th>TFLOP/s</th></tr></thead>"
+        "<th>p20 to p80</th><th>GB/s</th><th>FLOP/s</th></tr></thead>"
         f"<tbody>{body}</tbody></table></div></details>"
     )
 
@@ -143,14 +142,14 @@ def _intensities(rows: Sequence[Row], roof: Ceilings) -> str:
         f'<tr><td class="number">{index}</td><td><a href="#{slug(row)}">'
         f"{html.escape(row.subject)}, {html.escape(row.case)}</a></td>"
         f"<td>{number((row.flops or 0) / (row.bytes or 1))}</td>"
-        f"<td>{number(row.tflop_per_s(row.ours) or 0)}</td>"
+        f"<td>{flop_rate(row.tflop_per_s(row.ours))}</td>"
         f"<td>{share_text(row.share(row.ours))}</td></tr>"
         for index, row in numbered(rows)
     )
     return (
         f"<p>{html.escape(ceilings_text(roof))}</p>"
         '<details class="numbers"><summary>The roofline as a table</summary><table><thead><tr>'
-        "<th>no.</th><th>case</th><th>FLOP/byte</th><th>TFLOP/s of ours</th>"
+        "<th>no.</th><th>case</th><th>FLOP/byte</th><th>FLOP/s of ours</th>"
         f"<th>of the attainable</th></tr></thead><tbody>{body}</tbody></table></details>"
     )
 
@@ -164,7 +163,7 @@ def _case(row: Row, points: Sequence[Point]) -> str:
         f"{html.escape(variant)}</th>"
         f"<td>{number(times.p50)}</td><td>{number(times.p20)} to {number(times.p80)}</td>"
         f"<td>{row.ratio(variant):.2f}x</td>"
-        f"<td>{_rate(row.gb_per_s(variant))}</td><td>{_rate(row.tflop_per_s(variant))}</td>"
+        f"<td>{_rate(row.gb_per_s(variant))}</td><td>{flop_rate(row.tflop_per_s(variant))}</td>"
         f"<td>{share_text(row.share(variant))}</td>"
         f'<td class="bar">{svg(whisker(times, longest, shown[kind(variant)].role, floor_ms))}</td>'
         "</tr>"
@@ -180,7 +179,7 @@ def _case(row: Row, points: Sequence[Point]) -> str:
     table = (
         '<div class="scroll"><table><thead><tr><th>variant</th><th>p50, ms</th>'
         "<th>p20 to p80</th><th>to ours</th>"
-        '<th>GB/s</th><th>TFLOP/s</th><th>of floor</th><th class="bar">time</th>'
+        '<th>GB/s</th><th>FLOP/s</th><th>of floor</th><th class="bar">time</th>'
         f"</tr></thead><tbody>{body}</tbody></table></div>"
     )
     return (
@@ -232,7 +231,7 @@ def _swatch(look: Look) -> str:
 
 _READING = (
     ("to ours", "time of the variant over the time of this library; above 1 it is slower"),
-    ("GB/s, TFLOP/s", "bytes and FLOPs that the case needs, over the time: not what was moved"),
+    ("GB/s, FLOP/s", "bytes and FLOPs that the case needs, over the time: not what was moved"),
     ("of floor", "time that bytes and FLOPs need at the measured ceilings, over the time"),
     ("dashed line", "the floor, in a bar"),
     ("dotted line", "torch, triton, CUDA or the driver changed, in a history"),

@@ -202,3 +202,20 @@ def git(*words: str) -> str | None:
     except FileNotFoundError:
         return None
     return done.stdout.strip() if done.returncode == 0 else None
+
+
+def number(value: float) -> str:
+    """Return a positive number with three to four digits that mean something."""
+    if value >= 1000:
+        return f"{value:,.0f}"
+    digits = 1 if value >= 100 else 2 if value >= 10 else 3 if value >= 1 else 4
+    return f"{value:.{digits}f}"
+
+
+def flop_rate(tflop_per_s: float | None) -> str:
+    """Return a rate to stand before FLOP/s, with its prefix; a dash where there is none."""
+    if not tflop_per_s:
+        return "-"
+    if tflop_per_s >= 1:
+        return f"{number(tflop_per_s)} T"
+    return f"{number(tflop_per_s * 1e3)} G"
