@@ -5,5 +5,15 @@ One file per op: formula, eager definition, Triton kernels, registration, fake, 
 
 from tapct_kernels.masked_gather import masked_gather, masked_gather_ref
 from tapct_kernels.patch_embed import patch_embed, patch_embed_ref
+from tapct_kernels.residual_norm import layer_norm, residual, residual_norm, residual_norm_ref
 
-__all__ = ["masked_gather", "masked_gather_ref", "patch_embed", "patch_embed_ref"]
+__all__ = [
+    "layer_norm",
+    "masked_gather",
+    "masked_gather_ref",
+    "patch_embed",
+    "patch_embed_ref",
+    "residual",
+    "residual_norm",
+    "residual_norm_ref",
+]
