@@ -26,7 +26,7 @@ from torch import Tensor
 
 from tapct_kernels.tuning import Config, config_for
 
-# Several tokens per program keep several 16-byte loads in flight; one warp per token needs no barrier.
+# Several tokens per program keep 16-byte loads in flight; one warp per token needs no barrier.
 FORWARD_CONFIGS: tuple[Config, ...] = (
     {"BLOCK_T": 4, "num_warps": 4},
     {"BLOCK_T": 2, "num_warps": 2},

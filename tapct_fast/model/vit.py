@@ -7,6 +7,7 @@ Source: DINOv2 with registers, arXiv:2304.07193 and arXiv:2309.16588; volumetric
 arXiv:2512.00872.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from tapct_fast.config import HuConfig, VitConfig, Zyx
 from tapct_fast.errors import InputError
-from tapct_fast.model.block import NORM_EPS, Block, LayerScale, draw_kept_rows
+from tapct_fast.model.block import NORM_EPS, Block, LayerScale, draw_kept_rows, start_stream
 from tapct_fast.model.patch_embed import PatchEmbed
 
 
@@ -71,16 +72,28 @@ class Vit(nn.Module):
                 nn.init.zeros_(module.bias)
             elif isinstance(module, nn.LayerNorm):
                 module.reset_parameters()
-            elif isinstance(module, LayerScale):
+            elif isinstance(module, LayerScale) and module.gamma is not None:
                 module.gamma.fill_(module.init)
 
     def _kept_rows(self, x_BTD: Tensor, seed: int | None) -> list[Tensor | None]:
-        """Return keep_2N of each block, None where every row runs."""
+        """Return rows_N of each branch in order, None where every row runs, and None at the end."""
         depth, drop_path = self.config.depth, self.config.drop_path
         if seed is None or drop_path == 0:
-            return [None] * depth
+            return [None] * (2 * depth + 1)
         keep_S2N = draw_kept_rows(seed, depth=depth, batch=x_BTD.shape[0], drop_path=drop_path)
-        return list(keep_S2N.to(x_BTD.device, non_blocking=True).unbind(0))
+        rows = keep_S2N.to(x_BTD.device, non_blocking=True).flatten(0, 1).unbind(0)
+        return [*rows, None]
+
+    def _after_blocks(
+        self, x_BTD: Tensor, num_blocks: int, drop_seed: int | None
+    ) -> Iterator[Tensor]:
+        """Yield the tokens after each block."""
+        blocks, rows = self.blocks[:num_blocks], self._kept_rows(x_BTD, drop_seed)
+        next_norms = [block.norm1 for block in blocks[1:]] + [None]
+        x_BTD, normed_KTD = start_stream(x_BTD, blocks[0].norm1, rows[0])
+        for i, (block, next_norm) in enumerate(zip(blocks, next_norms, strict=True)):
+            x_BTD, normed_KTD = block(x_BTD, normed_KTD, rows[2 * i : 2 * i + 3], next_norm)
+            yield x_BTD
 
     def position_rows(self, grid_zyx: Zyx) -> Tensor:
         """Return pos_LD of a grid: the learned rows, interpolated trilinearly to any other grid."""
@@ -123,9 +136,8 @@ class Vit(nn.Module):
         ``tapct_kernels.masked_gather``.
         """
         x_BTD = self.embed(x_BCZYX, mask_BL)
-        keep_S2N = self._kept_rows(x_BTD, drop_seed)
-        for block, keep_2N in zip(self.blocks, keep_S2N, strict=True):
-            x_BTD = block(x_BTD, keep_2N=keep_2N)
+        for x_BTD in self._after_blocks(x_BTD, self.config.depth, drop_seed):
+            pass
         return x_BTD
 
     def forward(
@@ -154,10 +166,8 @@ class Vit(nn.Module):
         if not 1 <= num_blocks <= self.config.depth:
             raise InputError(f"num_blocks={num_blocks} is not in 1..{self.config.depth}")
         x_BTD = self.embed(x_BCZYX, mask_BL)
-        keep_S2N = self._kept_rows(x_BTD, drop_seed)
         hidden: list[Tensor] = []
-        for block, keep_2N in zip(self.blocks[:num_blocks], keep_S2N[:num_blocks], strict=True):
-            x_BTD = block(x_BTD, keep_2N=keep_2N)
+        for x_BTD in self._after_blocks(x_BTD, num_blocks, drop_seed):
             if return_hidden:
                 hidden.append(self.norm(x_BTD[:, self.num_prefix :]))
         x_BTD = self.norm(x_BTD)

@@ -117,7 +117,8 @@ def poison_teacher(method: DinoMethod) -> None:
 
 
 def poison_activation(method: DinoMethod) -> None:
-    method.student.backbone.blocks[0].register_forward_hook(lambda *inout: inout[2] * torch.inf)
+    mlp = method.student.backbone.blocks[0].mlp
+    mlp.register_forward_hook(lambda *inout: inout[2] * torch.inf)
 
 
 def poison_gradient(method: DinoMethod) -> None:
