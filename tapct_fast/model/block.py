@@ -26,7 +26,6 @@ class LayerScale(nn.Module):
 
     def __init__(self, dim: int, init: float | None) -> None:
         super().__init__()
-        self.init = init
         self.gamma = None if init is None else nn.Parameter(torch.full((dim,), init))
 
 

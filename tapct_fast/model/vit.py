@@ -7,8 +7,7 @@ Source: DINOv2 with registers, arXiv:2304.07193 and arXiv:2309.16588; volumetric
 arXiv:2512.00872.
 """
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -73,7 +72,7 @@ class Vit(nn.Module):
             elif isinstance(module, nn.LayerNorm):
                 module.reset_parameters()
             elif isinstance(module, LayerScale) and module.gamma is not None:
-                module.gamma.fill_(module.init)
+                nn.init.constant_(module.gamma, self.config.layer_scale or 0.0)
 
     def _kept_rows(self, x_BTD: Tensor, seed: int | None) -> list[Tensor | None]:
         """Return rows_N of each branch in order, None where every row runs, and None at the end."""
@@ -84,16 +83,22 @@ class Vit(nn.Module):
         rows = keep_S2N.to(x_BTD.device, non_blocking=True).flatten(0, 1).unbind(0)
         return [*rows, None]
 
-    def _after_blocks(
-        self, x_BTD: Tensor, num_blocks: int, drop_seed: int | None
-    ) -> Iterator[Tensor]:
-        """Yield the tokens after each block."""
+    def _run_blocks(
+        self,
+        x_BTD: Tensor,
+        num_blocks: int,
+        drop_seed: int | None,
+        hidden: list[Tensor] | None = None,
+    ) -> Tensor:
+        """Return the tokens after the last block; append the normed patches after each."""
         blocks, rows = self.blocks[:num_blocks], self._kept_rows(x_BTD, drop_seed)
-        next_norms = [block.norm1 for block in blocks[1:]] + [None]
-        x_BTD, normed_KTD = start_stream(x_BTD, blocks[0].norm1, rows[0])
-        for i, (block, next_norm) in enumerate(zip(blocks, next_norms, strict=True)):
+        norms: list[Any] = [block.norm1 for block in blocks]  # Any: a ModuleList forgets its type
+        x_BTD, normed_KTD = start_stream(x_BTD, norms[0], rows[0])
+        for i, (block, next_norm) in enumerate(zip(blocks, [*norms[1:], None], strict=True)):
             x_BTD, normed_KTD = block(x_BTD, normed_KTD, rows[2 * i : 2 * i + 3], next_norm)
-            yield x_BTD
+            if hidden is not None:
+                hidden.append(self.norm(x_BTD[:, self.num_prefix :]))
+        return x_BTD
 
     def position_rows(self, grid_zyx: Zyx) -> Tensor:
         """Return pos_LD of a grid: the learned rows, interpolated trilinearly to any other grid."""
@@ -135,10 +140,7 @@ class Vit(nn.Module):
         Training norms only the rows it uses: the cls token with ``norm``, masked patches with
         ``tapct_kernels.masked_gather``.
         """
-        x_BTD = self.embed(x_BCZYX, mask_BL)
-        for x_BTD in self._after_blocks(x_BTD, self.config.depth, drop_seed):
-            pass
-        return x_BTD
+        return self._run_blocks(self.embed(x_BCZYX, mask_BL), self.config.depth, drop_seed)
 
     def forward(
         self,
@@ -165,16 +167,13 @@ class Vit(nn.Module):
         num_blocks = self.config.depth if num_blocks is None else num_blocks
         if not 1 <= num_blocks <= self.config.depth:
             raise InputError(f"num_blocks={num_blocks} is not in 1..{self.config.depth}")
-        x_BTD = self.embed(x_BCZYX, mask_BL)
-        hidden: list[Tensor] = []
-        for x_BTD in self._after_blocks(x_BTD, num_blocks, drop_seed):
-            if return_hidden:
-                hidden.append(self.norm(x_BTD[:, self.num_prefix :]))
+        hidden: list[Tensor] | None = [] if return_hidden else None
+        x_BTD = self._run_blocks(self.embed(x_BCZYX, mask_BL), num_blocks, drop_seed, hidden)
         x_BTD = self.norm(x_BTD)
         return VitOutput(
             x_BTD[:, 0],
             x_BTD[:, 1 : self.num_prefix],
             x_BTD[:, self.num_prefix :],
             self.patch_embed.grid_zyx(x_BCZYX),
-            tuple(hidden),
+            tuple(hidden or ()),
         )
