@@ -332,7 +332,7 @@ def _backward_ref(
     grads_3D.zero_()
     if branch_KTD is not None:
         grad_NTD += grad_out_NTD
-    if weight_D is not None:
+    if weight_D is not None and grad_normed_JTD.numel() > 0:
         y_JTD = _rows(read_NTD, next_index_J).to(sum_dtype)
         weight_D, g_JTD = weight_D.to(sum_dtype), grad_normed_JTD.to(sum_dtype)
         var_JT1, mean_JT1 = torch.var_mean(y_JTD, -1, correction=0, keepdim=True)

@@ -3,14 +3,29 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
 from tapct_fast.config import VitConfig
-from tapct_fast.model.block import Block, Mlp, SwiGlu, draw_kept_rows
+from tapct_fast.model.block import Block, Mlp, Stream, SwiGlu, draw_kept_rows, start_stream
 
 
 def block(**settings: object) -> Block:
     config = VitConfig(dim=16, head_dim=8, depth=1, layer_scale=0.5, **settings)
     return Block(config).double()
+
+
+def run(
+    module: Block,
+    x_BTD: Tensor,
+    keep_2N: Tensor | None = None,
+    next_rows: Tensor | None = None,
+    next_norm: nn.LayerNorm | None = None,
+) -> Stream:
+    """Run one block on its own, as the first one of a network."""
+    attn_N, mlp_N = (None, None) if keep_2N is None else keep_2N
+    start = start_stream(x_BTD, module.norm1, attn_N)
+    stream: Stream = module(*start, (attn_N, mlp_N, next_rows), next_norm)
+    return stream
 
 
 def test_mlp_and_swiglu_follow_their_formulas() -> None:
@@ -34,7 +49,8 @@ def test_branch_runs_on_kept_rows_only_and_is_scaled_up() -> None:
     seen: list[int] = []
     module.attn.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
     module.mlp.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
-    found = module(x_BTD, keep_2N=keep_2N)
+    found, normed = run(module, x_BTD, keep_2N)
+    assert normed is None
     assert seen == [3, 3]
 
     def indicator(rows: list[int]) -> torch.Tensor:
@@ -49,15 +65,37 @@ def test_gradients_of_the_subset_match_finite_differences() -> None:
     module = block()
     x_BTD = torch.randn(3, 2, 16, dtype=torch.float64, requires_grad=True)
     keep_2N = torch.tensor([[0, 2], [1, 2]])
-    assert torch.autograd.gradcheck(lambda x: module(x, keep_2N=keep_2N), (x_BTD,))
+    assert torch.autograd.gradcheck(lambda x: run(module, x, keep_2N).x_BTD, (x_BTD,))
 
 
 def test_keeping_every_row_equals_no_drop_path() -> None:
     module = block()
     x_BTD = torch.randn(3, 4, 16, dtype=torch.float64)
-    torch.testing.assert_close(
-        module(x_BTD, keep_2N=torch.arange(3).expand(2, 3)), module(x_BTD), rtol=1e-14, atol=1e-14
-    )
+    everything = run(module, x_BTD, torch.arange(3).expand(2, 3)).x_BTD
+    torch.testing.assert_close(everything, run(module, x_BTD).x_BTD, rtol=1e-14, atol=1e-14)
+
+
+def test_the_rows_of_the_next_branch_come_normed() -> None:
+    module, next_norm = block(), nn.LayerNorm(16, eps=1e-6).double()
+    nn.init.normal_(next_norm.weight)
+    nn.init.normal_(next_norm.bias)
+    x_BTD, keep_2N = torch.randn(3, 4, 16, dtype=torch.float64), torch.tensor([[0, 2], [1, 2]])
+    next_rows = torch.tensor([2, 0])
+    out_BTD, normed_JTD = run(module, x_BTD, keep_2N, next_rows, next_norm)
+    assert torch.equal(out_BTD, run(module, x_BTD, keep_2N).x_BTD)
+    torch.testing.assert_close(normed_JTD, next_norm(out_BTD[next_rows]), rtol=1e-12, atol=1e-12)
+
+
+def test_norms_have_the_dtype_of_the_next_product() -> None:
+    module = block().float()
+    x_BTD = torch.randn(3, 4, 16)
+    assert run(module, x_BTD, next_norm=module.norm1).normed_KTD.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        out_BTD, normed_BTD = run(module, x_BTD, next_norm=module.norm1)
+    assert out_BTD.dtype == torch.float32
+    assert normed_BTD.dtype == torch.bfloat16
+    half = run(module.bfloat16(), x_BTD.bfloat16(), next_norm=module.norm1)
+    assert {t.dtype for t in half} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("kept", [False, True])
@@ -65,8 +103,9 @@ def test_block_compiles_to_one_graph(kept: bool) -> None:
     module = block(ffn="swiglu")
     x_BTD = torch.randn(3, 4, 16, dtype=torch.float64)
     keep_2N = torch.tensor([[0, 2], [1, 2]]) if kept else None
-    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x_BTD, keep_2N=keep_2N), module(x_BTD, keep_2N=keep_2N))
+    arguments = (module, x_BTD, keep_2N, None, module.norm1)
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*arguments), run(*arguments))
 
 
 @pytest.mark.parametrize(("batch", "drop_path", "kept"), [(8, 0.3, 5), (7, 0.5, 3), (1, 0.9, 1)])
