@@ -326,32 +326,37 @@ def _backward_ref(
     gamma_D: Tensor | None, weight_D: Tensor | None, index_K: Tensor | None,
     next_index_J: Tensor | None, scale: float, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    grad_x_NTD, grad_branch_KTD, grads_3D = _empty_gradients(read_NTD, branch_KTD)
-    sum_dtype, D = grads_3D.dtype, read_NTD.shape[2]
-    grad_NTD = torch.zeros_like(read_NTD, dtype=sum_dtype, memory_format=torch.contiguous_format)
-    grads_3D.zero_()
+    sum_dtype, D = torch.promote_types(read_NTD.dtype, torch.float32), read_NTD.shape[2]
+    compact = torch.contiguous_format
+    grads_3D = read_NTD.new_zeros(3, D, dtype=sum_dtype)
+    grad_NTD = None
     if branch_KTD is not None:
-        grad_NTD += grad_out_NTD
+        grad_NTD = grad_out_NTD.to(sum_dtype, copy=True, memory_format=compact)
+    elif next_index_J is not None or read_NTD.numel() == 0:
+        grad_NTD = torch.zeros_like(read_NTD, dtype=sum_dtype, memory_format=compact)
     if weight_D is not None and grad_normed_JTD.numel() > 0:
         y_JTD = _rows(read_NTD, next_index_J).to(sum_dtype)
-        weight_D, g_JTD = weight_D.to(sum_dtype), grad_normed_JTD.to(sum_dtype)
-        var_JT1, mean_JT1 = torch.var_mean(y_JTD, -1, correction=0, keepdim=True)
-        rstd_JT1 = (var_JT1 + eps).rsqrt()
+        weight_D = weight_D.to(sum_dtype)
+        _, mean_JT1, rstd_JT1 = torch.native_layer_norm(y_JTD, [D], None, None, eps)
         through_JTD, grads_3D[1], grads_3D[2] = torch.ops.aten.native_layer_norm_backward(
-            g_JTD, y_JTD, [D], mean_JT1, rstd_JT1, weight_D, weight_D, [True, True, True]
+            *(grad_normed_JTD.to(sum_dtype), y_JTD, [D], mean_JT1, rstd_JT1, weight_D, weight_D),
+            [True, True, True],
         )
-        if next_index_J is None:
+        if grad_NTD is None:
+            grad_NTD = through_JTD
+        elif next_index_J is None:
             grad_NTD += through_JTD
         else:
             grad_NTD.index_add_(0, next_index_J, through_JTD)
-    grad_x_NTD.copy_(grad_NTD)
-    if branch_KTD is not None:
-        grad_KTD = _rows(grad_NTD, index_K) * scale
-        if gamma_D is not None:
-            grads_3D[0] = (grad_KTD * branch_KTD).sum((0, 1))
-            grad_KTD *= gamma_D
-        grad_branch_KTD.copy_(grad_KTD)
-    return grad_x_NTD, grad_branch_KTD, grads_3D
+    assert grad_NTD is not None
+    grad_x_NTD = grad_NTD.to(read_NTD.dtype, memory_format=compact)
+    if branch_KTD is None:
+        return grad_x_NTD, read_NTD.new_empty(0), grads_3D
+    grad_KTD = _rows(grad_NTD, index_K) * scale
+    if gamma_D is not None:
+        grads_3D[0] = (grad_KTD * branch_KTD).sum((0, 1))
+        grad_KTD *= gamma_D
+    return grad_x_NTD, grad_KTD.to(branch_KTD.dtype, memory_format=compact), grads_3D
 
 
 @torch.library.custom_op("tapct::residual_norm_backward", mutates_args=())
