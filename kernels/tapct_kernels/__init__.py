@@ -3,11 +3,23 @@
 One file per op: formula, eager definition, Triton kernels, registration, fake, autograd.
 """
 
+from tapct_kernels.attention import (
+    attention,
+    attention_ref,
+    attention_varlen,
+    choose_backend,
+    choose_varlen_backend,
+)
 from tapct_kernels.masked_gather import masked_gather, masked_gather_ref
 from tapct_kernels.patch_embed import patch_embed, patch_embed_ref
 from tapct_kernels.residual_norm import layer_norm, residual, residual_norm, residual_norm_ref
 
 __all__ = [
+    "attention",
+    "attention_ref",
+    "attention_varlen",
+    "choose_backend",
+    "choose_varlen_backend",
     "layer_norm",
     "masked_gather",
     "masked_gather_ref",

@@ -1,10 +1,11 @@
-"""Multi-head self-attention on a fused qkv, by PyTorch's fused kernels on every device.
+"""Multi-head self-attention on a fused qkv, by the fused kernel chosen for the device.
 
 Shape suffixes: N rows (volumes), T all tokens of a volume, D width, H heads, K head width.
 """
 
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from tapct_kernels import attention
 
 
 class Attention(nn.Module):
@@ -18,8 +19,6 @@ class Attention(nn.Module):
 
     def forward(self, x_NTD: Tensor) -> Tensor:
         """Return the attention branch, before LayerScale and the residual."""
-        qkv_3NHTK = self.qkv(x_NTD).unflatten(2, (3, -1, self.head_dim)).permute(2, 0, 3, 1, 4)
-        q_NHTK, k_NHTK, v_NHTK = qkv_3NHTK.unbind(0)
-        out_NHTK = F.scaled_dot_product_attention(q_NHTK, k_NHTK, v_NHTK)
-        out_NTD: Tensor = self.proj(out_NHTK.transpose(1, 2).flatten(2))
+        qkv_NT3HK = self.qkv(x_NTD).unflatten(2, (3, -1, self.head_dim))
+        out_NTD: Tensor = self.proj(attention(qkv_NT3HK).flatten(2))
         return out_NTD
