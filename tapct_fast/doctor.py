@@ -83,15 +83,36 @@ def _devices() -> list[Finding]:
             Finding("device", f"cuda ({', '.join(names)})"),
             Finding("precision", f"{bf16} (auto)"),
             Finding("patch embed, masked gather", "Triton kernels (inputs are on CUDA)"),
-            Finding("attention", "torch SDPA; PyTorch picks cuDNN, flash or memory-efficient"),
+            *_attention("cuda"),
         ]
     why = "torch is a CPU build" if torch.version.cuda is None else "no CUDA device is visible"
     return [
         Finding("device", f"cpu, {torch.get_num_threads()} threads ({why})"),
         Finding("precision", "fp32 (auto: CPU runs are kept exact)"),
         Finding("patch embed, masked gather", "eager definitions (Triton kernels need CUDA)"),
-        Finding("attention", "torch SDPA, CPU flash kernel"),
+        *_attention("cpu"),
     ]
+
+
+def _attention(device_type: str) -> list[Finding]:
+    """Choose as training and inference would, and say why the kernels before it were not taken."""
+    import torch
+
+    try:
+        from tapct_kernels import choose_backend, choose_varlen_backend
+    except ImportError as error:  # Triton has no wheel here
+        return [Finding("attention", f"missing ({error})", "pip install triton (Linux)")]
+    dtype = torch.float32
+    if device_type == "cuda" and torch.cuda.is_bf16_supported():
+        dtype = torch.bfloat16
+    rows = []
+    for name, chosen in (
+        ("attention", choose_backend(device_type, dtype, 64, True)),
+        ("attention, mixed lengths", choose_varlen_backend(device_type, dtype, 64, False)),
+    ):
+        reasons = "; ".join(f"{other}: {reason}" for other, reason in chosen.passed_over)
+        rows.append(Finding(name, f"{chosen}{f' (passed over {reasons})' if reasons else ''}"))
+    return rows
 
 
 def _optional() -> list[Finding]:
