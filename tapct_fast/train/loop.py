@@ -26,6 +26,7 @@ from tapct_fast.ssl.schedules import StepValues, step_values
 from tapct_fast.train.checkpoint import Run, has_run, load_latest, save
 from tapct_fast.train.log import RunLog, notify
 from tapct_fast.train.step import StepMetrics, train_step
+from tapct_kernels.attention import choose_backend as choose_attention
 
 _SEEDS = 2**61  # networks and drop path add to, or double, what is drawn below this
 
@@ -143,7 +144,8 @@ def _build(config: Config, fingerprint: str, device: torch.device, dtype: torch.
     method = init_method(config).to(device)
     groups = param_groups(method.student, depth=config.vit.depth, config=config.optim)
     optimizer = build_optimizer(groups, config.optim)
-    backend = f"{device.type} {str(dtype).removeprefix('torch.')}"
+    attention = choose_attention(device.type, dtype, config.vit.head_dim, needs_grad=True)
+    backend = f"{device.type} {str(dtype).removeprefix('torch.')}, attention {attention}"
     return Run(method, optimizer, config, fingerprint, backend)
 
 
