@@ -224,7 +224,12 @@ def _compare(args: argparse.Namespace) -> int:
 
 
 def _plot(args: argparse.Namespace) -> int:
-    from bench.plot import write_plots
+    try:
+        from bench.plot import write_plots
+    except ModuleNotFoundError as error:
+        if error.name != "PIL":
+            raise
+        raise BenchError("pictures need Pillow; pip install 'tapct-fast[bench]'") from None
 
     extra = [row for source in args.rows for row in read(source)]
     committed = sorted((REPOSITORY / RESULTS).glob("*.jsonl"))

@@ -101,6 +101,8 @@ benches() {
     --total "$(($(left) - kept))" ${TAPCT_BENCH:-}
   if ! has_native; then
     skip "page: no native core; draw it elsewhere with tapct-fast bench plot $OUT"
+  elif ! has PIL; then
+    skip "page: $PYTHON has no pillow; draw it elsewhere with tapct-fast bench plot $OUT"
   elif compgen -G "$OUT/*.jsonl" > /dev/null; then
     timed bench.log "$python" -m bench plot --out "$OUT/page" "$OUT"
   fi

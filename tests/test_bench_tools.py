@@ -1,13 +1,13 @@
 """The tools around the benches: list, run, compare, plot, pytest-benchmark, tuner."""
 
 import importlib
+import io
 import json
 import os
 import re
 import subprocess
 import sys
 import time
-import zlib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from tapct_kernels import tuning
 
@@ -169,13 +170,11 @@ def test_a_png_is_what_the_svg_draws(tools: SimpleNamespace) -> None:
         drawing.Line([(20, 10), (40, 10)], "ink", 4),
         drawing.Mark((50, 10), "circle", "compile", 8, ""),
         drawing.Text((60, 15), "Ag", "ink"),
+        drawing.Text((78, 18), "Ag", "ink", turn_degrees=90),
     ]
     data = drawing.png_bytes(drawing.Drawing(80, 20, "t", "d", items))
-    assert data.startswith(b"\x89PNG")
-    start = data.index(b"IDAT") + 4
-    size = int.from_bytes(data[start - 8 : start - 4], "big")
-    raw = zlib.decompress(data[start : start + size])
-    rgb_YXC = np.frombuffer(raw, np.uint8).reshape(40, 1 + 3 * 160)[:, 1:].reshape(40, 160, 3)
+    rgb_YXC = np.asarray(Image.open(io.BytesIO(data)))
+    assert rgb_YXC.shape == (40, 160, 3)
 
     def color(x: int, y: int) -> str:
         return "#" + rgb_YXC[2 * y, 2 * x].tobytes().hex()
@@ -184,7 +183,19 @@ def test_a_png_is_what_the_svg_draws(tools: SimpleNamespace) -> None:
     assert [color(x, 10) for x in (5, 15, 30, 50)] == [
         light[role] for role in ("ours", "paper", "ink", "compile")
     ]
-    assert (rgb_YXC[:, 120:] < 100).any()  # the letters
+    for part in (rgb_YXC[:, 120:-24], rgb_YXC[:, -24:]):  # the letters, upright and turned
+        assert (part < 100).any()
+
+
+def test_pictures_without_pillow_name_the_extra(
+    tools: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delitem(sys.modules, "bench.plot")
+    monkeypatch.delitem(sys.modules, "bench.figures")
+    monkeypatch.delitem(sys.modules, "bench.drawing")
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    assert tools.main(["plot"]) == 2
+    assert "pip install 'tapct-fast[bench]'" in capsys.readouterr().err
 
 
 def test_list_and_run_say_what_is_there_and_what_was_skipped(
