@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -115,7 +115,7 @@ def roofline(device: str, rows: Sequence[Row], ceilings: Ceilings) -> Drawing | 
     if len(roof) > 1:
         items.append(Line(roof, "ink", 1.8))
         items += _roof_labels(x, y, slope, ceilings)
-    taken: list[tuple[float, float]] = []
+    columns: list[list[tuple[int, Row]]] = []
     for index, row in sorted(cases, key=lambda case: intensity[case[1].key]):
         at_x = x.at(intensity[row.key])
         heights = {v: y.at(row.tflop_per_s(v) or y.low) for v in row.times_ms}
@@ -127,11 +127,12 @@ def roofline(device: str, rows: Sequence[Row], ceilings: Ceilings) -> Drawing | 
             size = 12 if variant == row.ours else 9.5
             title = _title(row, variant)
             items.append(Mark((at_x, heights[variant]), look.shape, look.role, size, title))
-        place = _free(at_x, min(heights.values()) - 10, taken)
-        taken.append(place)
-        items.append(
-            Text(place, str(index), "ink", 12, "middle", is_bold=True, href=f"#{slug(row)}")
-        )
+        last = columns[-1][-1][1] if columns else row
+        if columns and at_x - x.at(intensity[last.key]) < 4:
+            columns[-1].append((index, row))
+        else:
+            columns.append([(index, row)])
+    items += _numbers(columns, intensity, x, y)
     text = (
         f"{len(cases)} cases. Numbers above the marks are those of the table beside the picture. "
         + ceilings_text(ceilings)
@@ -139,11 +140,29 @@ def roofline(device: str, rows: Sequence[Row], ceilings: Ceilings) -> Drawing | 
     return Drawing(WIDTH, height, f"Roofline, {device}", text, items)
 
 
-def _free(x: float, y: float, taken: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Move a label up until it covers no other."""
-    while any(abs(x - a) < 17 and abs(y - b) < 13 for a, b in taken):
-        y -= 13
-    return x, y
+def _numbers(
+    columns: Sequence[Sequence[tuple[int, Row]]],
+    intensity: Mapping[tuple[str, str, str], float],
+    x: _Log,
+    y: _Log,
+) -> Items:
+    """Draw the numbers of cases above their marks, or below them where the place is taken."""
+    items: Items = []
+    taken: list[tuple[float, float, float]] = []  # left, right, y
+    for column in columns:
+        rows = [row for _, row in column]
+        heights = [y.at(row.tflop_per_s(v) or y.low) for row in rows for v in row.times_ms]
+        at_x = x.at(intensity[rows[0].key])
+        text = ", ".join(str(index) for index, _ in sorted(column, key=lambda case: case[0]))
+        half = text_width(text, 12) / 2 + 3
+        left, right = at_x - half, at_x + half
+        for at_y in (min(heights) - 11, max(heights) + 19, *range(int(min(heights)) - 24, 0, -13)):
+            if all(left > b or right < a or abs(at_y - c) > 12 for a, b, c in taken):
+                break
+        taken.append((left, right, at_y))
+        href = f"#{slug(rows[0])}"
+        items.append(Text((at_x, at_y), text, "ink", 12, "middle", is_bold=True, href=href))
+    return items
 
 
 def numbered(rows: Sequence[Row]) -> list[tuple[int, Row]]:
@@ -203,7 +222,7 @@ def _axes(x: _Log, y: _Log, x_name: str, y_name: str) -> Items:
     items: Items = []
     for tick in x.ticks(_steps(x)):
         items.append(Line([(x.at(tick), y.start), (x.at(tick), y.end)], "faint"))
-        items.append(Text((x.at(tick), y.start + 20), f"{tick:g}", anchor="middle"))
+        items.append(Text((x.at(tick), y.start + 20), _tick(tick), anchor="middle"))
     for tick in y.ticks(_steps(y)):
         items.append(Line([(x.start, y.at(tick)), (x.end, y.at(tick))], "faint"))
         items.append(Text((x.start - 9, y.at(tick) + 4), _power(tick), anchor="end"))
@@ -217,7 +236,11 @@ def _axes(x: _Log, y: _Log, x_name: str, y_name: str) -> Items:
 def _power(tflop_per_s: float) -> str:
     """Return a round rate with its prefix."""
     scale, prefix = next(s for s in ((1, "T"), (1e3, "G"), (1e6, "M")) if tflop_per_s * s[0] > 0.99)
-    return f"{round(tflop_per_s * scale):g} {prefix}"
+    return f"{round(tflop_per_s * scale):,} {prefix}"
+
+
+def _tick(value: float) -> str:
+    return f"{value:,.0f}" if value >= 10 else f"{value:g}"
 
 
 def _steps(axis: _Log) -> Sequence[int]:
@@ -283,13 +306,15 @@ def _strips(
 ) -> Drawing:
     """Draw one line per case: its variants on a shared logarithmic axis, ours on top."""
     shown = looks(rows)
-    left, right = 372, WIDTH - 24
+    left = min(372, 48 + max(text_width(row.case, 13) for row in rows))
+    right = WIDTH - 24
     legend, used = _legend(shown.values(), 24, 46, right)
     top = 46 + used + 26
     every = [value(r, t) for r in rows for times in r.times_ms.values() for t in times]
     every += [line[0], 2.2 * line[0]] if line else []
     x = _Log(min(every) / 1.25, max(every) * 1.2, left, right)
     items: Items = []
+    lines: Items = []
     y, last = top - 16.0, ""
     for row in rows:
         if row.subject != last:
@@ -297,21 +322,22 @@ def _strips(
             last = row.subject
             items.append(Text((24, y), row.subject, "ink", 14, is_bold=True))
         y += 24
-        name = _cut(row.case, left - 44, 13)
+        name = _cut(row.case, left - 40, 13)
         items.append(Text((24, y + 4), name, size=13, href=f"#{slug(row)}"))
-        items.append(Line([(left, y), (right, y)], "faint"))
+        lines.append(Line([(left, y), (right, y)], "faint"))
         for variant in _ours_last(row):
             look = shown[kind(variant)]
             p20, p50, p80 = (x.at(value(row, t)) for t in row.times_ms[variant])
-            items.append(Line([(p20, y), (p80, y)], look.role, 3))
             size = 12 if variant == row.ours else 9.5
+            if max(abs(p20 - p50), abs(p80 - p50)) > size / 2 + 4:  # else the mark hides it
+                items.append(Line([(p20, y), (p80, y)], look.role, 3))
             items.append(Mark((p50, y), look.shape, look.role, size, _title(row, variant)))
     bottom = y + 22
-    ground: Items = [Text((24, 20), title, "ink", 17, is_bold=True), *legend]
+    ground: Items = [Text((24, 20), title, "ink", 17, is_bold=True), *legend, *lines]
     for tick in x.ticks((1, 2, 5)):
         ground.append(Line([(x.at(tick), top), (x.at(tick), bottom)], "faint"))
         for at_y in (top - 8, bottom + 18):
-            ground.append(Text((x.at(tick), at_y), f"{tick:g}{unit}", anchor="middle"))
+            ground.append(Text((x.at(tick), at_y), _tick(tick) + unit, anchor="middle"))
     if line:
         at_x = x.at(line[0])
         ground.append(Line([(at_x, top), (at_x, bottom)], line[1], 1.6))
