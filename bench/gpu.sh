@@ -2,7 +2,7 @@
 # Build, measure and test on a CUDA machine without a network, within nine minutes. Safe to interrupt:
 # the same command goes on where it stopped.
 #
-#   bench/gpu.sh                    build, benches, gpu-tests, tests
+#   bench/gpu.sh                    build, benches, gpu-tests, tests; then sanitize, if time is left
 #   bench/gpu.sh build benches      only these; also: tune (launch configurations, into kernels/)
 #
 # The benches go in the order of bench/catalogue.py, the most valuable rows first; then a page with all
@@ -11,7 +11,7 @@
 # PYTHON         interpreter that has torch, triton, numpy, pybind11, scikit-build-core (python3)
 # OUT            folder of the rows and logs (out/gpu)
 # TAPCT_VENV     environment to make, which sees the packages of PYTHON (build/gpu)
-# TAPCT_WHEELS   folder of wheels for what PYTHON lacks: blosc2, pydantic, pytest, nibabel, ... (none)
+# TAPCT_WHEELS   folder of wheels for what PYTHON lacks: blosc2, pydantic, pytest, pillow, liger-kernel, ... (none)
 # TAPCT_CUDA     ON; OFF builds without CUDA code
 # TAPCT_TOTAL_S  seconds for all steps together (530)
 # TAPCT_BENCH    more words for "bench run": names, --tiny (none)
@@ -108,6 +108,38 @@ benches() {
   fi
 }
 
+# Kernels under compute-sanitizer, one draw of each: about a hundred times slower than without.
+sanitize() {
+  local tool sanitizer log=$OUT/sanitize.log
+  sanitizer=$(PATH=${CUDA_HOME:-/usr/local/cuda}/bin:$PATH command -v compute-sanitizer)
+  if [ -z "$sanitizer" ]; then
+    skip "sanitize: no compute-sanitizer in CUDA_HOME/bin or on PATH"
+    return
+  elif ! has pytest; then
+    skip "sanitize: $PYTHON has no pytest and TAPCT_WHEELS brings none"
+    return
+  elif ! "$sanitizer" --error-exitcode 1 "$python" -c 'import torch; torch.ones(1, device="cuda")' \
+    > "$log" 2>&1; then
+    skip "sanitize: compute-sanitizer does not run here: $(tail -n 1 "$log")"
+    return
+  fi
+  for tool in memcheck racecheck; do
+    if [ "$(left)" -lt 60 ]; then
+      skip "sanitize, $tool: less than a minute is left"
+      continue
+    fi
+    # Without torch's cache each tensor is an allocation, so that memcheck knows where it ends.
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 TAPCT_DRAWS=1 timeout --signal=INT --kill-after=10 "$(left)" \
+      "$sanitizer" --tool "$tool" --error-exitcode 1 \
+      "$python" -m pytest -q -x tests/kernels -m gpu -k kernels_in_bfloat16 2>&1 | tee -a "$log"
+    case ${PIPESTATUS[0]} in
+      0) ;;
+      124 | 137) skip "sanitize, $tool: not done when the ${TAPCT_TOTAL_S:-530} s were over" ;;
+      *) failed+=("sanitize, $tool (see $log)") ;;
+    esac
+  done
+}
+
 tune() {
   timed tune.log "$python" -m bench.tune
   cp -r kernels/tapct_kernels/tuned "$OUT" 2> /dev/null
@@ -124,15 +156,16 @@ except ImportError as error:
 device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"
 print(f"torch {torch.__version__}, triton {triton.__version__}, {device}")
 END
-for step in "${@:-build benches gpu-tests tests}"; do
+for step in "${@:-build benches gpu-tests tests sanitize}"; do
   for word in $step; do
     case $word in
       build) build && has_native && unset PYTHONPATH ;;
       gpu-tests) pytest_on gpu-tests.log -m gpu ;;
       benches) benches ;;
+      sanitize) sanitize ;;
       tune) tune ;;
       tests) OMP_NUM_THREADS=1 pytest_on tests.log -m "not gpu" ;;
-      *) echo "bench/gpu.sh: $word is not one of build, benches, gpu-tests, tests, tune" >&2 && exit 2 ;;
+      *) echo "bench/gpu.sh: $word is not one of build, benches, gpu-tests, tests, sanitize, tune" >&2 && exit 2 ;;
     esac
   done
 done

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -78,3 +79,42 @@ def test_it_stops_when_the_time_is_over_and_refuses_unknown_steps(
     said, _ = script.communicate(timeout=30)
     assert script.returncode == 2
     assert "benchs is not one of build, benches" in said
+
+
+def test_a_sanitizer_that_is_missing_or_does_not_run_is_skipped_and_said(
+    venv: Path, tmp_path: Path
+) -> None:
+    for answer, why in (
+        (None, "no compute-sanitizer in CUDA_HOME/bin"),
+        ("echo no driver; exit 1", "compute-sanitizer does not run here: no driver"),
+    ):
+        folder = tmp_path / "cuda" / "bin"
+        folder.mkdir(parents=True, exist_ok=True)
+        if answer is None and shutil.which("compute-sanitizer"):
+            continue
+        if answer:
+            (folder / "compute-sanitizer").write_text(f"#!/bin/sh\n{answer}\n")
+            (folder / "compute-sanitizer").chmod(0o755)
+        script = start(tmp_path, venv, "sanitize", CUDA_HOME=str(folder.parent))
+        said, _ = script.communicate(timeout=60)
+        assert script.returncode == 0, said
+        assert why in (tmp_path / "skipped.txt").read_text()
+
+
+def test_the_sanitizer_sees_the_kernel_tests_and_its_findings_fail(
+    venv: Path, tmp_path: Path
+) -> None:
+    """A stand-in lets the trial pass, writes down the rest, and finds a race."""
+    (tmp_path / "bin").mkdir()
+    stand_in = tmp_path / "bin" / "compute-sanitizer"
+    stand_in.write_text(
+        '#!/bin/sh\n[ "$1" = --tool ] || exit 0\necho "$TAPCT_DRAWS $*"\n[ "$2" = memcheck ]\n'
+    )
+    stand_in.chmod(0o755)
+    script = start(tmp_path, venv, "sanitize", CUDA_HOME=str(tmp_path))
+    said, _ = script.communicate(timeout=60)
+    assert script.returncode == 1
+    assert "1 --tool memcheck" in said
+    assert "pytest -q -x tests/kernels -m gpu" in said
+    assert "FAILED: sanitize, racecheck" in said
+    assert "FAILED: sanitize, memcheck" not in said
