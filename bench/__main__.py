@@ -1,4 +1,4 @@
-"""``python -m bench``, also ``tapct-fast bench``: list, run, compare and plot the benchmarks."""
+"""``python -m bench``, also ``tapct-fast bench``: list, run, compare, plot and tabulate."""
 
 import argparse
 import os
@@ -242,6 +242,13 @@ def _plot(args: argparse.Namespace) -> int:
     return 0
 
 
+def _tabulate(_: argparse.Namespace) -> int:
+    from bench.table import README, write_table
+
+    print(f"{README}: {write_table()} lines")
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tapct-fast bench", description="Measure this library beside its rivals."
@@ -285,6 +292,13 @@ def _parser() -> argparse.ArgumentParser:
     plotted.add_argument("rows", nargs="*", metavar="ROWS", help="more files, folders, revisions")
     plotted.add_argument("--out", type=Path, default=Path("out/bench"), help="folder (out/bench)")
     plotted.set_defaults(run=_plot)
+
+    table = verbs.add_parser(
+        "table",
+        help="write the table of measured ops in kernels/README.md",
+        description="Write the current rows of bench/results into kernels/README.md.",
+    )
+    table.set_defaults(run=_tabulate)
     return parser
 
 

@@ -77,11 +77,8 @@ def states(subject: Subject, device: Device, folders: Sequence[Path] = ()) -> li
     Raises:
         ImportError: The bench needs a package that is not installed.
     """
-    module = importlib.import_module(f"bench.{subject.name}")
-    main = module.main
-    is_op = isinstance(main, OpBench)
-    sources = main.sources if is_op else module.SOURCES
-    digest = digest_of([f"bench/{subject.name}.py", *sources])
+    main = importlib.import_module(f"bench.{subject.name}").main
+    current = digest(subject)
     files = [
         folder / f"{device_name(device)}.jsonl" for folder in (FOLDER.parent / RESULTS, *folders)
     ]
@@ -92,11 +89,26 @@ def states(subject: Subject, device: Device, folders: Sequence[Path] = ()) -> li
         for row in parse(file.read_text())
         if row.subject == subject.name and not row.values["tiny"]
     }
+    is_op = isinstance(main, OpBench)
     names = [case.name for case in main.cases(device, False)] if is_op else list(rows)
-    return [CaseState(name, _state(row, digest), row) for name in names for row in [rows.get(name)]]
+    return [
+        CaseState(name, _state(row, current), row) for name in names for row in [rows.get(name)]
+    ]
 
 
-def _state(row: Row | None, digest: str) -> State:
+def digest(subject: Subject) -> str:
+    """Return the SHA-256 of a subject's sources, which its current rows hold.
+
+    Raises:
+        ImportError: The bench needs a package that is not installed.
+    """
+    module = importlib.import_module(f"bench.{subject.name}")
+    is_op = isinstance(module.main, OpBench)
+    sources = module.main.sources if is_op else module.SOURCES
+    return digest_of([f"bench/{subject.name}.py", *sources])
+
+
+def _state(row: Row | None, current: str) -> State:
     if row is None:
         return "missing"
-    return "current" if row.values["sources"] == digest else "stale"
+    return "current" if row.values["sources"] == current else "stale"

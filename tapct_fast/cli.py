@@ -388,7 +388,7 @@ def _parser() -> _Parser:
     bench = verbs.add_parser(
         "bench",
         add_help=False,
-        help="list, run, compare and plot the benchmarks of a repository",
+        help="list, run, compare, plot and tabulate the benchmarks of a repository",
     )
     bench.add_argument("words", nargs=argparse.REMAINDER)
     bench.set_defaults(run=_bench)
