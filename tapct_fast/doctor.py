@@ -82,16 +82,31 @@ def _devices() -> list[Finding]:
         return [
             Finding("device", f"cuda ({', '.join(names)})"),
             Finding("precision", f"{bf16} (auto)"),
-            Finding("patch embed, masked gather", "Triton kernels (inputs are on CUDA)"),
+            Finding("fused ops", "Triton kernels (inputs are on CUDA)"),
+            _launches(),
             *_attention("cuda"),
         ]
     why = "torch is a CPU build" if torch.version.cuda is None else "no CUDA device is visible"
     return [
         Finding("device", f"cpu, {torch.get_num_threads()} threads ({why})"),
         Finding("precision", "fp32 (auto: CPU runs are kept exact)"),
-        Finding("patch embed, masked gather", "eager definitions (Triton kernels need CUDA)"),
+        Finding("fused ops", "eager definitions (Triton kernels need CUDA)"),
         *_attention("cpu"),
     ]
+
+
+def _launches() -> Finding:
+    """Say where the block sizes of the Triton kernels come from."""
+    try:
+        from tapct_kernels.tuning import table_path
+    except ImportError as error:  # Triton has no wheel here
+        return Finding("launch configurations", f"missing ({error})", "pip install triton (Linux)")
+    path = table_path()
+    assert path is not None  # asked on CUDA only
+    if path.exists():
+        return Finding("launch configurations", f"tuned for this device ({path.name})")
+    remedy = "optional: python -m bench.tune, in a clone on this device"
+    return Finding("launch configurations", f"defaults (no {path.name})", remedy)
 
 
 def _attention(device_type: str) -> list[Finding]:

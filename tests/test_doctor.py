@@ -1,10 +1,13 @@
-"""What the doctor says of the chosen attention."""
+"""What the doctor says of the chosen attention and of launch configurations."""
+
+from pathlib import Path
 
 import pytest
 import torch
 
 import tapct_kernels
-from tapct_fast.doctor import examine, render
+from tapct_fast.doctor import _launches, examine, render
+from tapct_kernels import tuning
 from tapct_kernels.attention import Backend
 
 
@@ -29,3 +32,17 @@ def test_doctor_says_why_a_backend_was_passed_over(monkeypatch: pytest.MonkeyPat
 @pytest.mark.gpu
 def test_doctor_on_the_gpu_names_a_fused_kernel() -> None:
     assert state_of("attention").startswith(("flash-attn", "sdpa cudnn", "sdpa flash"))
+
+
+def test_doctor_names_the_table_of_launch_configurations(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "nvidia-x-triton-3.json"
+    monkeypatch.setattr(tuning, "table_path", lambda: path)
+    missing = _launches()
+    assert missing.state == "defaults (no nvidia-x-triton-3.json)"
+    assert "bench.tune" in missing.remedy
+    path.write_text("{}")
+    tuned = _launches()
+    assert tuned.state == "tuned for this device (nvidia-x-triton-3.json)"
+    assert not tuned.remedy
