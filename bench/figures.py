@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from bench.drawing import Area, Drawing, Line, Mark, Point, Shape, Text, text_width
+from bench.drawing import Anchor, Area, Drawing, Line, Mark, Point, Shape, Text, text_width
 from bench.rows import FLOOR_SUBJECT, Ceilings, Row, Times, flop_rate, number
 from bench.rows import Point as Measured
 
@@ -103,9 +103,10 @@ def roofline(device: str, rows: Sequence[Row], ceilings: Ceilings) -> Drawing | 
     shown = looks(row for _, row in cases)
     legend, used = _legend(shown.values(), 24, 46, right)
     top = 46 + used
-    x = _Log(10 ** math.floor(math.log10(min(intensity.values()) / 1.6)),
+    x = _Log(10 ** math.floor(math.log10(min(*intensity.values(), ridge / 2) / 1.6)),
              max(max(intensity.values()) * 2.5, ridge * 6), left, right)  # fmt: skip
-    y = _Log(min(rates) / 1.8, top_rate * 2.2, bottom, top)
+    least = min([*rates, ceilings.tflop_per_s or top_rate])
+    y = _Log(least / 1.8, top_rate * 2.2, bottom, top)
 
     items: Items = [Text((24, 20), f"Roofline, {device}", "ink", 17, is_bold=True), *legend]
     roof = _roof(x, y, slope, ceilings.tflop_per_s)
@@ -200,7 +201,7 @@ def _roof_labels(x: _Log, y: _Log, slope: float, ceilings: Ceilings) -> Items:
         shift = (28 * math.cos(math.radians(turn)) - 8 * math.sin(math.radians(turn)),
                  -28 * math.sin(math.radians(turn)) - 8 * math.cos(math.radians(turn)))  # fmt: skip
         at = (start[0] + shift[0], start[1] + shift[1])
-        text = f"copy {number(slope)} TB/s"
+        text = f"copy {number(slope)} TB/s" if slope >= 1 else f"copy {number(1e3 * slope)} GB/s"
         items.append(Text(at, text, "ink", 12.5, turn_degrees=turn))
     return items
 
@@ -265,9 +266,11 @@ def _title(row: Row, variant: str) -> str:
     )
 
 
-def overview(device: str, rows: Sequence[Row]) -> Drawing:
-    """Draw the time of every variant of every case relative to ours."""
-    rows = [row for row in rows if row.subject != FLOOR_SUBJECT]
+def overview(device: str, rows: Sequence[Row]) -> Drawing | None:
+    """Draw the time of every variant of every case relative to ours; None if none is ours."""
+    rows = [row for row in rows if kind(row.ours) == OURS]
+    if not rows:
+        return None
     return _strips(
         f"Time relative to ours, {device}",
         rows,
@@ -341,7 +344,10 @@ def _strips(
     if line:
         at_x = x.at(line[0])
         ground.append(Line([(at_x, top), (at_x, bottom)], line[1], 1.6))
-        ground.append(Text((at_x + 6, top + 12), line[2], "ink", 12.5))
+        side: tuple[float, Anchor] = (6, "start")
+        if at_x + 6 + text_width(line[2], 12.5) > right:
+            side = (-6, "end")
+        ground.append(Text((at_x + side[0], top + 12), line[2], "ink", 12.5, side[1]))
     text = Text((right, bottom + 42), axis, size=12.5, anchor="end")
     said = f"{len(rows)} cases; every number is in the tables of the page."
     return Drawing(WIDTH, int(bottom + 56), title, said, [*ground, *items, text])

@@ -65,11 +65,10 @@ def by_device(points: Mapping[Key, Sequence[Point]]) -> dict[str, list[Row]]:
 def pictures(device: str, rows: Sequence[Row]) -> dict[str, Drawing]:
     """Return the pictures of one device by the name of their files."""
     roof = ceilings(rows).get(device, Ceilings())
-    compared = [row for row in rows if row.subject != FLOOR_SUBJECT]
     found = {
         "roofline": roofline(device, rows, roof),
         "bandwidth": bandwidth(device, rows, roof),
-        "times": overview(device, compared) if compared else None,
+        "times": overview(device, rows),
     }
     return {name: drawing for name, drawing in found.items() if drawing}
 

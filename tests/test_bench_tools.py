@@ -163,6 +163,26 @@ def test_the_page_stands_alone_and_names_every_case(
     assert set(pictures) == {"<title>"}  # each says what it shows
 
 
+@pytest.mark.parametrize("intensity", [0.01, 1, 1e5])  # FLOP per byte; the ridge is at 8.75
+def test_a_roof_rises_and_stays_inside_the_axes(tools: SimpleNamespace, intensity: float) -> None:
+    [case] = tools.rows.parse(row(bytes=1e9, flops=1e9 * intensity))
+    drawing = tools.figures.roofline("gpu-a", [case], tools.rows.Ceilings(8e3, 70.0))
+    [roof] = [i.points for i in drawing.items if getattr(i, "width", 0) == 1.8]
+    xs, ys = zip(*roof, strict=True)
+    assert len(roof) == 3
+    assert 76 <= xs[0] < xs[1] < xs[2] <= drawing.width
+    assert ys[0] > ys[1] == ys[2] > 0
+    labels = [item for item in drawing.items if getattr(item, "text", "").startswith("copy")]
+    assert [label.text for label in labels] == ["copy 8.000 TB/s"]
+
+
+def test_what_is_not_ours_is_not_drawn_relative_to_ours(tools: SimpleNamespace) -> None:
+    rivals = row("b", times_ms={"one file": [1, 1, 1], "two files": [2, 2, 2]})
+    assert tools.figures.overview("gpu-a", tools.rows.parse(rivals)) is None
+    both = tools.figures.overview("gpu-a", tools.rows.parse(row("a") + rivals))
+    assert "b" not in [getattr(item, "text", "") for item in both.items]
+
+
 def test_a_png_is_what_the_svg_draws(tools: SimpleNamespace) -> None:
     drawing = tools.drawing
     items = [
