@@ -118,6 +118,9 @@ sanitize() {
   elif ! has pytest; then
     skip "sanitize: $PYTHON has no pytest and TAPCT_WHEELS brings none"
     return
+  elif [ "$(left)" -lt 90 ]; then
+    skip "sanitize: less than 90 s are left"
+    return
   elif ! "$sanitizer" --error-exitcode 1 "$python" -c 'import torch; torch.ones(1, device="cuda")' \
     > "$log" 2>&1; then
     skip "sanitize: compute-sanitizer does not run here: $(tail -n 1 "$log")"
