@@ -13,8 +13,11 @@ from tapct_kernels.attention import (
 from tapct_kernels.masked_gather import masked_gather, masked_gather_ref
 from tapct_kernels.patch_embed import patch_embed, patch_embed_ref
 from tapct_kernels.residual_norm import layer_norm, residual, residual_norm, residual_norm_ref
+from tapct_kernels.sinkhorn import sinkhorn, sinkhorn_ref, softmax_targets
+from tapct_kernels.soft_targets import SoftTargets
 
 __all__ = [
+    "SoftTargets",
     "attention",
     "attention_ref",
     "attention_varlen",
@@ -28,4 +31,7 @@ __all__ = [
     "residual",
     "residual_norm",
     "residual_norm_ref",
+    "sinkhorn",
+    "sinkhorn_ref",
+    "softmax_targets",
 ]

@@ -15,11 +15,11 @@ from tapct_fast.data.pipeline import ViewBatch
 from tapct_fast.model.block import NORM_EPS
 from tapct_fast.model.heads import PrototypeHead
 from tapct_fast.model.vit import Vit
-from tapct_fast.ssl.centering import SoftmaxCenter, sinkhorn_knopp
+from tapct_fast.ssl.centering import SoftmaxCenter
 from tapct_fast.ssl.dino import dino_loss
 from tapct_fast.ssl.ibot import ibot_loss
 from tapct_fast.ssl.koleo import koleo_loss
-from tapct_kernels import masked_gather
+from tapct_kernels import masked_gather, sinkhorn
 
 
 class Losses(NamedTuple):
@@ -178,11 +178,12 @@ class DinoMethod(nn.Module):
             masked_MD = self.teacher.masked_tokens(tokens_NTD, batch.masked_index_M)
         dino_NP, ibot_MP = self.teacher.logits(self.teacher.cls_tokens(tokens_NTD), masked_MD)
         if self.config.centering == "softmax":
-            dino_NP = self.dino_center(dino_NP, temp)
-            ibot_MP = None if ibot_MP is None else self.ibot_center(ibot_MP, temp)
+            dino_NP = self.dino_center(dino_NP, temp).dense()
+            ibot_MP = None if ibot_MP is None else self.ibot_center(ibot_MP, temp).dense()
         else:
-            dino_NP = sinkhorn_knopp(dino_NP, temp)
-            ibot_MP = None if ibot_MP is None else sinkhorn_knopp(ibot_MP, temp)
+            logits = [dino_NP] if ibot_MP is None else [dino_NP, ibot_MP]
+            dino_NP, *rest = (targets.dense() for targets in sinkhorn(logits, temp))
+            ibot_MP = rest[0] if rest else None
         return Targets(_by_view(dino_NP, batch.global_VBZYX.shape[0]), ibot_MP)
 
 
