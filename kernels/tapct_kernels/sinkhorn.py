@@ -23,7 +23,23 @@ import triton.language as tl
 from torch import Tensor
 
 from tapct_kernels.soft_targets import SoftTargets
+from tapct_kernels.tuning import Config, config_for
 
+# 16 logits per thread and turn, as two 16-byte loads. Tall tiles in the row pass share the
+# prototype factors, which come from the L2 and cost 4 / BLOCK_N bytes per logit beside its own 2.
+PROTOTYPE_CONFIGS: tuple[Config, ...] = (
+    {"BLOCK_N": 8, "BLOCK_P": 256, "num_warps": 4},
+    {"BLOCK_N": 8, "BLOCK_P": 512, "num_warps": 8},
+    {"BLOCK_N": 16, "BLOCK_P": 256, "num_warps": 8},
+    {"BLOCK_N": 32, "BLOCK_P": 256, "num_warps": 8},
+)
+ROW_CONFIGS: tuple[Config, ...] = (
+    {"BLOCK_N": 8, "BLOCK_P": 512, "num_warps": 8},
+    {"BLOCK_N": 16, "BLOCK_P": 256, "num_warps": 8},
+    {"BLOCK_N": 8, "BLOCK_P": 256, "num_warps": 4},
+    {"BLOCK_N": 8, "BLOCK_P": 1024, "num_warps": 8},
+)
+_PROGRAMS = 2112  # 16 for each of an H200's 132 multiprocessors: full waves, few partial results
 _CHUNK = 2**18  # logits, 1 MiB in float32: the CPU's passes over a chunk stay in its cache
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
@@ -124,7 +140,7 @@ def _natural_log(largest, total, axis: tl.constexpr):
     return (overall + tl.log2(total)) * _LN_2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "rows_per_slab"])
 def _prototype_kernel(
     logits_ptr, row_ptr, temp_ptr, lse_SP_ptr, N, P, rows_per_slab,
     HAS_ROW: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
@@ -148,7 +164,7 @@ def _prototype_kernel(
     tl.store(lse_SP_ptr + slab.to(tl.int64) * P + p, _natural_log(largest, total, 0), mask=p < P)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S"])
 def _merge_kernel(lse_SP_ptr, lse_ptr, S, P, BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr):
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)[None, :]
     s = tl.arange(0, BLOCK_S)[:, None]
@@ -159,7 +175,7 @@ def _merge_kernel(lse_SP_ptr, lse_ptr, S, P, BLOCK_S: tl.constexpr, BLOCK_P: tl.
     tl.store(lse_ptr + p, lse, mask=p < P)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _row_kernel(
     logits_ptr, prototype_ptr, temp_ptr, lse_ptr, N, P,
     HAS_PROTOTYPE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
@@ -179,22 +195,11 @@ def _row_kernel(
     tl.store(lse_ptr + n, _natural_log(largest, total, 1), mask=n < N)
 
 
-# 4,096 logits per program: 16 per thread of 8 warps, as two 16-byte loads. Wide tiles share the
-# row factors of the prototype pass, tall ones the prototype factors of the row pass, which come
-# from the L2 and would cost 4 / BLOCK_N bytes per logit beside the 2 from memory.
-PROTOTYPE_CONFIGS = (
-    {"BLOCK_N": 16, "BLOCK_P": 256, "num_warps": 8},
-    {"BLOCK_N": 8, "BLOCK_P": 256, "num_warps": 4},
-    {"BLOCK_N": 16, "BLOCK_P": 512, "num_warps": 8},
-    {"BLOCK_N": 32, "BLOCK_P": 256, "num_warps": 8},
-)
-ROW_CONFIGS = (
-    {"BLOCK_N": 8, "BLOCK_P": 512, "num_warps": 8},
-    {"BLOCK_N": 16, "BLOCK_P": 256, "num_warps": 8},
-    {"BLOCK_N": 8, "BLOCK_P": 256, "num_warps": 4},
-    {"BLOCK_N": 8, "BLOCK_P": 1024, "num_warps": 8},
-)
-_PROGRAMS = 2112  # 16 for each of an H200's 132 multiprocessors: full waves, few partial results
+def _fit(config: Config, rows: int, num_prototypes: int) -> dict[str, int]:
+    """Shrink a tile to fewer rows, at the same logits per thread, and to the prototypes."""
+    columns = config["BLOCK_N"] // rows * config["BLOCK_P"]
+    columns = min(columns, max(16, triton.next_power_of_2(num_prototypes)))
+    return {**config, "BLOCK_N": rows, "BLOCK_P": columns}
 
 
 def _prototype_triton(logits_NP: Tensor, row_N: Tensor | None, temp: Tensor) -> Tensor:
@@ -205,9 +210,8 @@ def _prototype_triton(logits_NP: Tensor, row_N: Tensor | None, temp: Tensor) -> 
     lse_P = logits_NP.new_empty(P, dtype=torch.float32)
     if P == 0:
         return lse_P
-    config = dict(PROTOTYPE_CONFIGS[0])
-    config["BLOCK_N"] = min(config["BLOCK_N"], triton.next_power_of_2(max(N, 1)))
-    config["BLOCK_P"] = min(config["BLOCK_P"], max(16, triton.next_power_of_2(P)))
+    config = config_for("sinkhorn.prototype", P, PROTOTYPE_CONFIGS)
+    config = _fit(config, min(config["BLOCK_N"], triton.next_power_of_2(max(N, 1))), P)
     tiles_N, tiles_P = (triton.cdiv(i, config[b]) for i, b in ((N, "BLOCK_N"), (P, "BLOCK_P")))
     num_slabs = max(1, min(tiles_N, _PROGRAMS // tiles_P, 64))
     tiles_per_slab = max(1, triton.cdiv(tiles_N, num_slabs))
@@ -222,7 +226,7 @@ def _prototype_triton(logits_NP: Tensor, row_N: Tensor | None, temp: Tensor) -> 
     if num_slabs > 1:
         _merge_kernel[(triton.cdiv(P, 128),)](
             *(lse_SP, lse_P, num_slabs, P),
-            BLOCK_S=triton.next_power_of_2(num_slabs),
+            BLOCK_S=max(4, triton.next_power_of_2(num_slabs)),  # 16 bytes per thread
             BLOCK_P=128,
             num_warps=4,
         )
@@ -237,10 +241,10 @@ def _row_triton(logits_NP: Tensor, prototype_P: Tensor | None, temp: Tensor) -> 
     lse_N = logits_NP.new_empty(N, dtype=torch.float32)
     if N == 0:
         return lse_N
-    config = dict(ROW_CONFIGS[0])
+    config = config_for("sinkhorn.row", P, ROW_CONFIGS)
     # The DINO loss has some 64 rows: one a program then, or most multiprocessors idle.
-    config["BLOCK_N"] = min(config["BLOCK_N"], triton.next_power_of_2(triton.cdiv(N, 528)))
-    config["BLOCK_P"] = min(config["BLOCK_P"], max(16, triton.next_power_of_2(P)))
+    rows = min(config["BLOCK_N"], triton.next_power_of_2(triton.cdiv(N, 528)))
+    config = _fit(config, rows, P)
     logits_NP = logits_NP.contiguous()
     prototype_P = None if prototype_P is None else prototype_P.contiguous()
     _row_kernel[(triton.cdiv(N, config["BLOCK_N"]),)](
