@@ -12,6 +12,10 @@ from tapct_kernels.attention import (
 )
 from tapct_kernels.masked_gather import masked_gather, masked_gather_ref
 from tapct_kernels.patch_embed import patch_embed, patch_embed_ref
+from tapct_kernels.prototype_cross_entropy import (
+    prototype_cross_entropy,
+    prototype_cross_entropy_ref,
+)
 from tapct_kernels.residual_norm import layer_norm, residual, residual_norm, residual_norm_ref
 from tapct_kernels.sinkhorn import sinkhorn, sinkhorn_ref, softmax_targets
 from tapct_kernels.soft_targets import SoftTargets
@@ -28,6 +32,8 @@ __all__ = [
     "masked_gather_ref",
     "patch_embed",
     "patch_embed_ref",
+    "prototype_cross_entropy",
+    "prototype_cross_entropy_ref",
     "residual",
     "residual_norm",
     "residual_norm_ref",
