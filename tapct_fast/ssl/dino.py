@@ -1,13 +1,15 @@
 """The DINO loss: every student view predicts the teacher's targets of the other global views.
 
-Shape suffixes: V views, B batch, P prototypes.
+Shape suffixes: V student views, the two global ones first, B batch, K bottleneck width,
+P prototypes, J the teacher's views, S = V * B student rows.
 """
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from tapct_fast.ssl.cross_entropy import cross_entropy
+from tapct_kernels import SoftTargets, prototype_cross_entropy
 
 
 class DinoLoss(NamedTuple):
@@ -18,7 +20,7 @@ class DinoLoss(NamedTuple):
 
 
 def dino_loss(
-    targets_VBP: Tensor, global_VBP: Tensor, local_VBP: Tensor, *, student_temp: float
+    targets: SoftTargets, features_VBK: Tensor, prototypes_PK: Tensor, *, student_temp: float
 ) -> DinoLoss:
     """Return the mean cross-entropy over all pairs of a student view and another teacher view.
 
@@ -26,21 +28,30 @@ def dino_loss(
     means over the 2 and over the 16, each divided by 18.
 
     Args:
-        targets_VBP: Teacher targets of the two global views.
-        global_VBP: Student logits of the two global views; each meets the other view's targets.
-        local_VBP: Student logits of the local views, possibly none; each meets both targets.
+        targets: Teacher targets of the two global views, 2 * B rows, view-major.
+        features_VBK: Student features. A global view meets the other one's targets, a local view,
+            of which there may be none, those of both.
+        prototypes_PK: The student's prototypes.
         student_temp: Student temperature.
 
     Source: DINO, arXiv:2104.14294 equation 3, with the scaling of DINOv2's ssl_meta_arch.py.
     """
-    num_global, batch = global_VBP.shape[:2]
-    assert num_global == targets_VBP.shape[0] == 2
-    num_local = local_VBP.shape[0]
-    num_pairs = 2 + 2 * num_local
-    swapped_VBP = targets_VBP.flip(0)
-    global_rows = cross_entropy(swapped_VBP.flatten(0, 1), global_VBP.flatten(0, 1), student_temp)
-    # Both teachers at once: the cross-entropy is linear in the targets.
-    both_VBP = targets_VBP.sum(dim=0).expand(num_local, -1, -1)
-    local_rows = cross_entropy(both_VBP.flatten(0, 1), local_VBP.flatten(0, 1), student_temp)
-    scale = 1 / (batch * num_pairs)
-    return DinoLoss(global_rows.sum() * scale, local_rows.sum() * scale)
+    V, B = features_VBK.shape[:2]
+    assert V >= 2
+    assert targets.row_N.shape[0] == 2 * B
+    device, dtype = features_VBK.device, targets.row_N.dtype
+    view_V1 = torch.arange(V, device=device)[:, None]
+    other_J = torch.arange(2, device=device)
+    # A pair with the own view comes second and has weight 0: (1, 0), (0, 1), then (0, 1) for all.
+    other_VJ = torch.where(view_V1 == 0, 1 - other_J, other_J)
+    weight_VJ = (other_VJ != view_V1).to(dtype) / (B * (2 * V - 2))
+    row_VBJ = other_VJ[:, None] * B + torch.arange(B, device=device)[:, None]
+    loss_S = prototype_cross_entropy(
+        features_VBK.flatten(0, 1),
+        prototypes_PK,
+        targets,
+        temp=student_temp,
+        target_row_SJ=row_VBJ.flatten(0, 1),
+        weight_SJ=weight_VJ.repeat_interleave(B, dim=0),
+    )
+    return DinoLoss(loss_S[: 2 * B].sum(), loss_S[2 * B :].sum())

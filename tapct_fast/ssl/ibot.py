@@ -1,21 +1,29 @@
 """The iBOT loss: masked patch tokens of the student predict the teacher's targets at their place.
 
-Shape suffixes: M masked tokens, P prototypes.
+Shape suffixes: M masked tokens, K bottleneck width, P prototypes.
 """
 
+import torch
 from torch import Tensor
 
-from tapct_fast.ssl.cross_entropy import cross_entropy
+from tapct_kernels import SoftTargets, prototype_cross_entropy
 
 
 def ibot_loss(
-    targets_MP: Tensor, logits_MP: Tensor, weight_M: Tensor, *, num_views: int, student_temp: float
+    targets: SoftTargets,
+    features_MK: Tensor,
+    prototypes_PK: Tensor,
+    weight_M: Tensor,
+    *,
+    num_views: int,
+    student_temp: float,
 ) -> Tensor:
     """Return the mean over the global views of the mean cross-entropy of their masked tokens.
 
     Args:
-        targets_MP: Teacher targets of the masked tokens.
-        logits_MP: Student logits of the same tokens.
+        targets: Teacher targets of the masked tokens.
+        features_MK: Student features of the same tokens.
+        prototypes_PK: The student's prototypes.
         weight_M: 1 / number of masked tokens in the token's own view.
         num_views: All global views of the batch. Unmasked ones count, so with half of the views
             masked a student whose logits are all equal gives 0.5 ln P.
@@ -23,4 +31,12 @@ def ibot_loss(
 
     Source: iBOT, arXiv:2111.07832 equation 2, with the scaling of DINOv2's ibot_patch_loss.py.
     """
-    return (cross_entropy(targets_MP, logits_MP, student_temp) * weight_M).sum() / num_views
+    loss_M = prototype_cross_entropy(
+        features_MK,
+        prototypes_PK,
+        targets,
+        temp=student_temp,
+        target_row_SJ=torch.arange(features_MK.shape[0], device=features_MK.device)[:, None],
+        weight_SJ=(weight_M / num_views)[:, None],
+    )
+    return loss_M.sum()

@@ -1,7 +1,7 @@
 """Student, teacher and the DINOv2 objective of one micro-batch.
 
 Shape suffixes: V views, B samples, N = V * B views (view-major), C channels (one), Z Y X voxels,
-T tokens of a view, L patch tokens, M masked tokens, D width, P prototypes.
+T tokens of a view, L patch tokens, M masked tokens, D width, K bottleneck width.
 Source: DINOv2, arXiv:2304.07193; scalings as in its ssl_meta_arch.py (Apache-2.0).
 """
 
@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from tapct_fast.config import HeadsConfig, HuConfig, LossConfig, VitConfig
 from tapct_fast.data.pipeline import ViewBatch
 from tapct_fast.model.block import NORM_EPS
-from tapct_fast.model.heads import PrototypeHead
+from tapct_fast.model.heads import Projection, PrototypeHead
 from tapct_fast.model.vit import Vit
 from tapct_fast.ssl.centering import SoftmaxCenter
 from tapct_fast.ssl.dino import dino_loss
 from tapct_fast.ssl.ibot import ibot_loss
 from tapct_fast.ssl.koleo import koleo_loss
-from tapct_kernels import masked_gather, sinkhorn
+from tapct_kernels import SoftTargets, masked_gather, sinkhorn
 
 
 class Losses(NamedTuple):
@@ -39,8 +39,8 @@ class Losses(NamedTuple):
 class Targets(NamedTuple):
     """What the teacher asks for."""
 
-    dino_VBP: Tensor
-    ibot_MP: Tensor | None  # None without masked tokens
+    dino: SoftTargets  # of the global views
+    ibot: SoftTargets | None  # of the masked tokens; None without any
 
 
 class Networks(nn.Module):
@@ -78,17 +78,16 @@ class Networks(nn.Module):
         )
         return rows_MD
 
-    def logits(self, cls_ND: Tensor, masked_MD: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return the DINO logits of the cls tokens and the iBOT logits of the masked tokens."""
+    def project(
+        self, cls_ND: Tensor, masked_MD: Tensor | None
+    ) -> tuple[Projection, Projection | None]:
+        """Return what the DINO head makes of cls tokens and the iBOT head of masked tokens."""
+        dino: Projection = self.dino_head(cls_ND)
         if masked_MD is None:
-            return self.dino_head(cls_ND), None
+            return dino, None
         if self.ibot_head is not None:
-            return self.dino_head(cls_ND), self.ibot_head(masked_MD)
-        # One call: the shared head's weight norm is computed once.
-        sizes = [cls_ND.shape[0], masked_MD.shape[0]]
-        rows_ND = torch.cat([cls_ND, masked_MD.to(cls_ND.dtype)])
-        dino_NP, ibot_MP = self.dino_head(rows_ND).split(sizes)
-        return dino_NP, ibot_MP
+            return dino, self.ibot_head(masked_MD)
+        return dino, dino._replace(features_NK=self.dino_head.bottleneck(masked_MD))
 
 
 class DinoMethod(nn.Module):
@@ -139,7 +138,7 @@ class DinoMethod(nn.Module):
         )
         global_ND = student.cls_tokens(tokens_NTD)
         masked_MD = None
-        if targets.ibot_MP is not None:
+        if targets.ibot is not None:
             masked_MD = student.masked_tokens(tokens_NTD, batch.masked_index_M)
         cls_ND = global_ND
         if num_local:
@@ -147,18 +146,16 @@ class DinoMethod(nn.Module):
                 _as_volumes(batch.local_VBZYX), drop_seed=local_seed
             )
             cls_ND = torch.cat([global_ND, student.cls_tokens(tokens_NTD)])
-        dino_NP, ibot_MP = student.logits(cls_ND, masked_MD)
+        dino_student, ibot_student = student.project(cls_ND, masked_MD)
 
-        dino_VBP = _by_view(dino_NP, num_global + num_local)
         temp = self.config.student_temp
-        dino = dino_loss(
-            targets.dino_VBP, dino_VBP[:num_global], dino_VBP[num_global:], student_temp=temp
-        )
+        features_VBK = _by_view(dino_student.features_NK, num_global + num_local)
+        dino = dino_loss(targets.dino, features_VBK, dino_student.prototypes_PK, student_temp=temp)
         ibot = dino.global_views.new_zeros(())
-        if targets.ibot_MP is not None and ibot_MP is not None:
+        if targets.ibot is not None and ibot_student is not None:
             num_views, weight_M = batch.mask_NL.shape[0], batch.masked_weight_M
             ibot = ibot_loss(
-                targets.ibot_MP, ibot_MP, weight_M, num_views=num_views, student_temp=temp
+                targets.ibot, *ibot_student, weight_M, num_views=num_views, student_temp=temp
             )
         first_BD, second_BD = global_ND.chunk(2)
         koleo = koleo_loss(first_BD) + koleo_loss(second_BD)
@@ -176,21 +173,20 @@ class DinoMethod(nn.Module):
         masked_MD = None
         if batch.masked_index_M.shape[0]:  # a constant of the run
             masked_MD = self.teacher.masked_tokens(tokens_NTD, batch.masked_index_M)
-        dino_NP, ibot_MP = self.teacher.logits(self.teacher.cls_tokens(tokens_NTD), masked_MD)
+        dino, ibot = self.teacher.project(self.teacher.cls_tokens(tokens_NTD), masked_MD)
+        logits = [head.logits() for head in (dino, ibot) if head is not None]
         if self.config.centering == "softmax":
-            dino_NP = self.dino_center(dino_NP, temp).dense()
-            ibot_MP = None if ibot_MP is None else self.ibot_center(ibot_MP, temp).dense()
+            centers = (self.dino_center, self.ibot_center)
+            targets = [center(rows, temp) for center, rows in zip(centers, logits, strict=False)]
         else:
-            logits = [dino_NP] if ibot_MP is None else [dino_NP, ibot_MP]
-            dino_NP, *rest = (targets.dense() for targets in sinkhorn(logits, temp))
-            ibot_MP = rest[0] if rest else None
-        return Targets(_by_view(dino_NP, batch.global_VBZYX.shape[0]), ibot_MP)
+            targets = sinkhorn(logits, temp)
+        return Targets(targets[0], targets[1] if ibot is not None else None)
 
 
 def _as_volumes(views_VBZYX: Tensor) -> Tensor:
     return views_VBZYX.flatten(0, 1).unsqueeze(1)
 
 
-def _by_view(rows_NP: Tensor, num_views: int) -> Tensor:
-    rows_VBP: Tensor = rows_NP.unflatten(0, (num_views, -1))  # type: ignore[no-untyped-call]
-    return rows_VBP
+def _by_view(rows_NK: Tensor, num_views: int) -> Tensor:
+    rows_VBK: Tensor = rows_NK.unflatten(0, (num_views, -1))  # type: ignore[no-untyped-call]
+    return rows_VBK

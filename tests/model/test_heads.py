@@ -42,19 +42,32 @@ def test_logits_follow_the_formula() -> None:
     v = weights["last_layer.weight_v"]
     prototypes = weights["last_layer.weight_g"] * v / v.square().sum(1, keepdim=True).sqrt()
     torch.testing.assert_close(head.bottleneck(x_ND), h)
-    torch.testing.assert_close(head(x_ND), h @ prototypes.T)
+    torch.testing.assert_close(head(x_ND).prototypes_PK, prototypes)
+    torch.testing.assert_close(head(x_ND).logits(), h @ prototypes.T)
 
 
 def test_gradient_of_the_weight_norm_matches_finite_differences() -> None:
     head = tiny_head()
-    x_NK = torch.randn(2, 4, dtype=torch.float64)
     layer = head.last_layer
 
-    def logits_of(weight_g: torch.Tensor, weight_v: torch.Tensor) -> torch.Tensor:
+    def prototypes_of(weight_g: torch.Tensor, weight_v: torch.Tensor) -> torch.Tensor:
         weights = {"weight_g": weight_g, "weight_v": weight_v}
-        return torch.func.functional_call(layer, weights, (x_NK,))
+        return torch.func.functional_call(layer, weights, ())
 
-    assert torch.autograd.gradcheck(logits_of, (layer.weight_g, layer.weight_v))
+    assert torch.autograd.gradcheck(prototypes_of, (layer.weight_g, layer.weight_v))
+
+
+def test_logits_under_autocast_keep_the_precision_of_float16() -> None:
+    head = tiny_head().float()
+    x_ND = torch.randn(50, 5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        projection = head(x_ND)
+        logits_NP = projection.logits()
+    assert logits_NP.dtype == torch.float16
+    features_NK, prototypes_PK = projection
+    error_NP = logits_NP.double() - features_NK.double() @ prototypes_PK.double().T
+    # 2**-11 for the result below 1, as much for each operand; bfloat16 would be off by 2**-9
+    assert error_NP.abs().max() < 1.5 * 2**-11
 
 
 @pytest.mark.parametrize("num_layers", [1, 2])
