@@ -85,7 +85,7 @@ def hot_part(sass: str) -> str:
     for i, line in enumerate(lines):
         target = re.search(r"\bBRA (LBB\d+)", line)
         # the endless loop behind the last instruction branches to itself
-        if target and labels[target[1]] < i - 1:
+        if target and labels.get(target[1], i) < i - 1:
             looped.update(range(labels[target[1]], i))
     return "\n".join(lines[i] for i in sorted(looped)) if looped else sass
 

@@ -300,7 +300,7 @@ def memory(field):
     return int(re.search(field + r":\\s+(\\d+)", text)[1]) / 1024
 
 torch.set_num_threads(1)
-inputs = tests.sample(2048, 8192, 32)
+inputs = tests.sample(4096, 8192, 32)
 leaves = [t.requires_grad_() for t in inputs[:2]]
 x_SK, w_PK, targets, row_SJ, weight_SJ = inputs
 few = tests.Inputs(x_SK[:8], w_PK, targets, row_SJ[:8], weight_SJ[:8])
@@ -322,7 +322,7 @@ def test_on_the_cpu_the_peak_is_a_tenth_of_the_eager_definition() -> None:
     code = PEAK.format(folder=str(Path(__file__).parent))
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     op_fp32, eager_fp32, op_bf16, eager_bf16 = json.loads(done.stdout)
-    assert eager_fp32 > 4 * 64  # MiB: several copies of 2048 x 8192 logits, so the measure works
+    assert eager_fp32 > 4 * 100  # MiB: several copies of 4096 x 8192 logits, so the measure works
     assert op_fp32 < 0.1 * eager_fp32
     assert op_bf16 < 0.1 * eager_bf16
 
