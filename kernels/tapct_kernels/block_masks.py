@@ -20,7 +20,7 @@ al., Parallel random numbers: as easy as 1, 2, 3, SC 2011.
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -127,40 +127,35 @@ def _check(
         raise ValueError(f"block_masks: aspects have shape {shape}, not (2, {_ASPECTS})")
 
 
-def philox_words(
-    seed: int, index: NDArray[np.uint64], view: NDArray[np.uint64], purpose: int
-) -> list[NDArray[np.uint64]]:
+Word = TypeVar("Word", int, NDArray[np.uint64])
+
+
+def philox_words(seed: int, index: Word, view: int, purpose: int) -> list[Word]:
     """Return the four 32-bit words of Philox4x32-10 at counters (index, view, purpose, 0)."""
-    low, shift = np.uint64(2**32 - 1), np.uint64(32)
-    index, view = np.broadcast_arrays(index, view)
-    words = [index, view, np.full_like(index, purpose), np.zeros_like(index)]
-    keys = [seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF]
+    low = 0xFFFFFFFF
+    words: list[Any] = [index, index * 0 + view, index * 0 + purpose, index * 0]
+    keys = [seed & low, seed >> 32 & low]
     for _ in range(10):
-        first, second = np.uint64(0xD2511F53) * words[0], np.uint64(0xCD9E8D57) * words[2]
+        first, second = words[0] * 0xD2511F53, words[2] * 0xCD9E8D57
         words = [
-            second >> shift ^ words[1] ^ np.uint64(keys[0]),
+            second >> 32 ^ words[1] ^ keys[0],
             second & low,
-            first >> shift ^ words[3] ^ np.uint64(keys[1]),
+            first >> 32 ^ words[3] ^ keys[1],
             first & low,
         ]
-        keys = [keys[0] + 0x9E3779B9 & 0xFFFFFFFF, keys[1] + 0xBB67AE85 & 0xFFFFFFFF]
+        keys = [keys[0] + 0x9E3779B9 & low, keys[1] + 0xBB67AE85 & low]
     return words
 
 
-def _words(seed: int, index: int, view: int, purpose: int) -> list[int]:
-    at = np.array(index, np.uint64), np.array(view, np.uint64)
-    return [int(word) for word in philox_words(seed, *at, purpose)]
-
-
-def _rounded_root(square: int, limit: int) -> int:
-    """Return the rounded root of ``square`` / 2**32, or limit + 1 if it is larger than limit."""
-    return sum((2 * k - 1) ** 2 << 30 <= square for k in range(1, limit + 2))
+def _rounded_root(square: int) -> int:
+    """Return the rounded root of ``square`` / 2**32: how many odd numbers its double reaches."""
+    return (math.isqrt(square >> 30) + 1) // 2
 
 
 def _shuffled(seed: int, num_views: int) -> NDArray[np.intp]:
     """Return the place of each view in the list of counts."""
     views = np.arange(num_views, dtype=np.uint64)
-    key_N = philox_words(seed, views, np.zeros(1, np.uint64), _SHUFFLE.value)[0]
+    key_N = philox_words(seed, views, 0, _SHUFFLE.value)[0]
     return np.argsort(np.argsort(key_N, kind="stable"), kind="stable")
 
 
@@ -174,14 +169,14 @@ def _draw_block(
     seed: int, draw: int, view: int, missing: int, law: _Law
 ) -> tuple[slice, slice, slice] | None:
     grid_z, grid_y, grid_x = law.grid_zyx
-    place, shape = (_words(seed, draw, view, purpose.value) for purpose in (_PLACE, _SHAPE))
+    place, shape = (philox_words(seed, draw, view, purpose.value) for purpose in (_PLACE, _SHAPE))
     depth = 1 + (place[0] * grid_z >> 32)
     low, high = law.min_block << 16, min((missing << 16) // depth, grid_y * grid_x << 15)
     if high < low:
         return None
     area = low + (shape[0] * (high - low) >> 32)
     aspect, inverse = law.aspect_2A[:, shape[1] * _ASPECTS >> 32].tolist()
-    height, width = _rounded_root(area * aspect, grid_y), _rounded_root(area * inverse, grid_x)
+    height, width = _rounded_root(area * aspect), _rounded_root(area * inverse)
     if not (0 < height <= grid_y and 0 < width <= grid_x) or (height, width) == (grid_y, grid_x):
         return None
     sizes = (depth, height, width)
@@ -202,7 +197,7 @@ def _draw_mask(seed: int, view: int, count: int, law: _Law) -> NDArray[np.bool_]
             missing, failures = missing - added, 0
     mask_L = mask_ZYX.reshape(-1)
     token_L = np.arange(mask_L.size, dtype=np.uint64)
-    word_L = philox_words(seed, token_L, np.full(1, view, np.uint64), _TOP_UP.value)[0]
+    word_L = philox_words(seed, token_L, view, _TOP_UP.value)[0]
     # 14 random bits or more above the token's number: unique, so that the count comes out exactly
     key_L = (word_L >> np.uint64(2) & ~np.uint64(_block(mask_L.size) - 1)) | token_L
     free = np.flatnonzero(~mask_L)
