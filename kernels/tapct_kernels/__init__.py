@@ -10,6 +10,13 @@ from tapct_kernels.attention import (
     choose_backend,
     choose_varlen_backend,
 )
+from tapct_kernels.block_masks import (
+    BlockLaw,
+    BlockMasks,
+    block_law,
+    block_masks,
+    block_masks_ref,
+)
 from tapct_kernels.masked_gather import masked_gather, masked_gather_ref
 from tapct_kernels.patch_embed import patch_embed, patch_embed_ref
 from tapct_kernels.prototype_cross_entropy import (
@@ -21,10 +28,15 @@ from tapct_kernels.sinkhorn import sinkhorn, sinkhorn_ref, softmax_targets
 from tapct_kernels.soft_targets import SoftTargets
 
 __all__ = [
+    "BlockLaw",
+    "BlockMasks",
     "SoftTargets",
     "attention",
     "attention_ref",
     "attention_varlen",
+    "block_law",
+    "block_masks",
+    "block_masks_ref",
     "choose_backend",
     "choose_varlen_backend",
     "layer_norm",

@@ -66,7 +66,8 @@ def test_no_kernel_spills_or_asks_for_too_much_shared_memory(rows: Rows) -> None
 
 def test_hot_loops_load_sixteen_bytes_at_a_time(rows: Rows) -> None:
     for row in rows:
-        assert row["loads_16_bytes"] > 0, named(row)
+        if row["op"] != "block_masks":  # draws its numbers, and reads next to nothing
+            assert row["loads_16_bytes"] > 0, named(row)
         assert row["loads_2_bytes"] == 0, named(row)
 
 
