@@ -1,7 +1,7 @@
 """Masks of a batch in one launch against drawing them on the host and copying them over.
 
-The rival is tapct_fast/data/masks.py as the pipeline uses it: NumPy, then the index and the weights
-from the mask, then copies to the device. On a CPU ours is the eager definition, in Python too.
+The rival is DINOv2's way in 3D: a loop in NumPy, then the index and the weights from the mask, then
+copies to the device. On a CPU ours is the eager definition, in Python integers.
 Results are held to their counts, whatever the generator: row sums in order, one sum of the index.
 Bytes are those written: mask, index and weights.
 Shape: 64 global views of 3 x 28 x 28 tokens, the counts of the default recipe.
@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from bench.harness import Case, Device, Work, op_bench
+from bench.host_masks import draw_masks
 from tapct_fast.config import MaskConfig
-from tapct_fast.data.masks import draw_masks, masked_counts
-from tapct_kernels import block_law, block_masks
+from tapct_fast.data.masks import mask_law, masked_counts
+from tapct_kernels import block_masks
 
 CONFIG = MaskConfig()
 
@@ -27,7 +28,7 @@ CONFIG = MaskConfig()
 def host_masks(
     grid_zyx: tuple[int, int, int], num_views: int, rng: np.random.Generator, device: Device
 ) -> Sequence[Tensor]:
-    """Draw, list and weigh on the host, then copy: the pipeline's masks."""
+    """Draw, list and weigh on the host, then copy."""
     mask_NL = torch.from_numpy(draw_masks(CONFIG, grid_zyx, num_views, rng=rng))
     weight_N1 = mask_NL.sum(1, keepdim=True).clamp(min=1).float().reciprocal()
     index_M = mask_NL.flatten().nonzero().squeeze(1)
@@ -44,9 +45,7 @@ def cases(device: Device, is_tiny: bool) -> Iterator[Case]:
 
 def _work(grid_zyx: tuple[int, int, int], num_views: int, device: Device) -> Work:
     counts = masked_counts(CONFIG, num_views, math.prod(grid_zyx))
-    law = block_law(
-        counts, grid_zyx, min_block=CONFIG.min_block, aspect=CONFIG.aspect, device=device
-    )
+    law = mask_law(CONFIG, grid_zyx, num_views, device=device)
     seed = torch.zeros((), dtype=torch.int64, device=device)
     rng = np.random.default_rng(0)
 
@@ -80,9 +79,7 @@ def _counts(mask_NL: Tensor, index_M: Tensor, weight_M: Tensor) -> Tensor:
     return count_N.sort().values
 
 
-main = op_bench(
-    __file__, ["kernels/tapct_kernels/block_masks.py", "tapct_fast/data/masks.py"], cases
-)
+main = op_bench(__file__, ["kernels/tapct_kernels/block_masks.py", "bench/host_masks.py"], cases)
 
 if __name__ == "__main__":
     main()

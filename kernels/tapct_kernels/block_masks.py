@@ -1,7 +1,7 @@
 """3D block masks with exact counts for all views of a batch, in one launch, from one seed.
 
-The law is that of tapct_fast/data/masks.py. Which view gets which count is shuffled; a view then
-places blocks until its count is reached or ten in a row do not fit, and tops up token by token:
+Which view gets which count is shuffled; a view then places blocks until its count is reached or ten
+in a row do not fit, and tops up token by token:
 
     depth  uniform in 1 .. grid depth
     area   uniform in min_block .. min(missing / depth, plane / 2), in 1 / 65536 tokens

@@ -11,19 +11,20 @@ from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from tapct_fast.config import Config
 from tapct_fast.data.crops import crop_at
-from tapct_fast.data.masks import draw_masks
+from tapct_fast.data.masks import mask_law
 from tapct_fast.data.reference import render
 from tapct_fast.data.rng import Stream, generator
 from tapct_fast.data.views import draw_views
 from tapct_fast.errors import StoreError
 from tapct_fast.io.store import Store
+from tapct_kernels import BlockMasks, block_masks
 
+_SEEDS = 2**62
 _PREFETCH = 2  # batches: one ready, one in the making
 
 
@@ -48,6 +49,7 @@ class ViewPipeline:
 
     Raises:
         StoreError: The store has no cases.
+        ConfigError: A global view has too many tokens to be masked.
     """
 
     def __init__(self, store: Store, config: Config, *, device: torch.device | str) -> None:
@@ -60,6 +62,11 @@ class ViewPipeline:
         self._config = config
         self._device = torch.device(device)
         self._micro_size = config.train.batch_size // config.train.accumulate
+        group = config.views.global_views
+        z, y, x = (s // p for s, p in zip(group.size_zyx, config.vit.patch_zyx, strict=True))
+        self._mask_law = mask_law(
+            config.masks, (z, y, x), group.num * self._micro_size, device=self._device
+        )
 
     def batch_at(self, step: int, micro: int) -> ViewBatch:
         """Return micro-batch ``micro`` of ``step``: the same at any time and in any process."""
@@ -71,17 +78,8 @@ class ViewPipeline:
         first = step * self._config.train.batch_size + micro * num
         for b in range(num):
             global_VBZYX[:, b], local_VBZYX[:, b] = self._sample(first + b)
-        mask_NL = torch.from_numpy(self._masks(step, micro))
-        count_N1 = mask_NL.sum(1, keepdim=True)
-        weight_NL = count_N1.clamp(min=1).float().reciprocal().expand_as(mask_NL)
-        return ViewBatch(
-            global_VBZYX=global_VBZYX,
-            local_VBZYX=local_VBZYX,
-            mask_NL=mask_NL.to(self._device),
-            masked_index_M=mask_NL.flatten().nonzero().squeeze(1).to(self._device),
-            masked_weight_M=weight_NL[mask_NL].to(self._device),
-            num_samples=num,
-        )
+        masks = self._masks(step, micro)
+        return ViewBatch(global_VBZYX, local_VBZYX, *masks, num_samples=num)
 
     def stream(self, start_step: int) -> Generator[tuple[ViewBatch, float], None, None]:
         """Yield every micro-batch from ``start_step`` to the end of the run, prepared ahead.
@@ -132,12 +130,13 @@ class ViewPipeline:
         )
         return global_VZYX, local_VZYX
 
-    def _masks(self, step: int, micro: int) -> np.ndarray[tuple[int, int], np.dtype[np.bool_]]:
-        config = self._config
-        group = config.views.global_views
-        z, y, x = (s // p for s, p in zip(group.size_zyx, config.vit.patch_zyx, strict=True))
-        rng = generator(config.train.seed, Stream.MASKS, step, micro)
-        return draw_masks(config.masks, (z, y, x), group.num * self._micro_size, rng=rng)
+    def _masks(self, step: int, micro: int) -> BlockMasks:
+        rng = generator(self._config.train.seed, Stream.MASKS, step, micro)
+        seed = int(rng.integers(_SEEDS))
+        # Filled on the device, not copied there: nothing waits for the host.
+        return block_masks(
+            self._mask_law, torch.full((), seed, dtype=torch.int64, device=self._device)
+        )
 
 
 def _wait_for(future: Future[ViewBatch]) -> tuple[ViewBatch, float]:

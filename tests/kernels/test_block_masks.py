@@ -1,7 +1,9 @@
-"""Block masks: the kernel's bits, the law of data/masks.py, exact counts. N views, L tokens."""
+"""Block masks: the kernel's bits, the law of the host loop, exact counts. N views, L tokens."""
 
+import importlib
 import itertools
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,6 @@ import torch
 from torch import Tensor
 
 from tapct_fast.config import MaskConfig
-from tapct_fast.data import masks as host
 from tapct_kernels import BlockLaw, block_law, block_masks, block_masks_ref, tuning
 from tapct_kernels.block_masks import (
     _block_masks,
@@ -28,6 +29,13 @@ def law_of(
     grid_zyx: tuple[int, int, int], counts: tuple[int, ...], min_block: int = 4, device: str = "cpu"
 ) -> BlockLaw:
     return block_law(counts, grid_zyx, min_block=min_block, aspect=ASPECT, device=device)
+
+
+@pytest.fixture
+def host(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The host loop that the bench compares with: another program of the same law."""
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parent.parent.parent)
+    return importlib.import_module("bench.host_masks")
 
 
 @pytest.fixture
@@ -94,7 +102,7 @@ def test_counts_are_dealt_to_any_view() -> None:
         assert float(((where - 100) ** 2 / 100).sum()) < 16.3  # chi-square 0.999, 3 degrees
 
 
-def test_blocks_follow_the_law_of_the_host_definition() -> None:
+def test_blocks_follow_the_law_of_the_host_loop(host: Any) -> None:
     """Depth, height, width, corner and share of failures of 4,000 first blocks of either."""
     grid_zyx, missing, rng = (3, 28, 28), 700, np.random.default_rng(0)
     law = law_of(grid_zyx, (missing,))
@@ -102,7 +110,7 @@ def test_blocks_follow_the_law_of_the_host_definition() -> None:
     config, draws = MaskConfig(), 4000
     blocks = [
         [_draw_block(9, i, 0, missing, ours) for i in range(draws)],
-        [host._draw_block(config, grid_zyx, missing, rng) for _ in range(draws)],
+        [host.draw_block(config, grid_zyx, missing, rng) for _ in range(draws)],
     ]
     for axis, edge in itertools.product(range(3), ("size", "start")):
         values = [
@@ -120,7 +128,7 @@ def _edge(side: slice, edge: str) -> int:
     return int(side.stop - side.start if edge == "size" else side.start)
 
 
-def test_whole_masks_look_like_those_of_the_host_definition() -> None:
+def test_whole_masks_look_like_those_of_the_host_loop(host: Any) -> None:
     """Agreement of neighbours, in plane and in depth, of 64 masks of either."""
     grid_zyx, count = (3, 28, 28), 705
     ours = block_masks(law_of(grid_zyx, (count,) * 64), torch.tensor(3)).mask_NL.numpy()
