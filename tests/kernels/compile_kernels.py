@@ -1,8 +1,8 @@
 """Compile what the op library launches for GPUs that are not here; print what ptxas made of it.
 
-    python tests/kernels/compile_kernels.py [--write] [ARCH ...]   (90; 80, 90 and 100 to --write)
+    python tests/kernels/compile_kernels.py [--write | --op OP] [ARCH ...]
 
-Each module of ``launches`` runs its ops on meta tensors of training shapes, for sm_90 once per
+ARCH is 90 by default, and 80, 90 and 100 to write. Each module of ``launches`` runs its ops on meta tensors of training shapes, for sm_90 once per
 candidate configuration. A driver that only names its target takes the place of CUDA's: Triton
 specialises and compiles exactly as it would there, and nothing is launched. Prints one JSON row per
 kernel; with --write into kernels/resources.jsonl, the table that test_compile.py holds later
@@ -16,7 +16,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from tapct_kernels import tuning
 
 HOPPER = 90
 HERE = Path(__file__).resolve().parent
+OPS = sorted(path.stem for path in (HERE / "launches").glob("*.py"))
 TABLE = HERE.parent.parent / "kernels" / "resources.jsonl"
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
@@ -51,13 +52,13 @@ class NamedTarget:
         return GPUTarget("cuda", self.arch, 32)
 
 
-def compiled_kernels(arch: int) -> Iterator[tuple[str, str, str, Any]]:
+def compiled_kernels(arch: int, ops: Sequence[str]) -> Iterator[tuple[str, str, str, Any]]:
     """Yield op, launch, configuration and the compiled kernel, each kernel of an op once."""
     driver.set_active(NamedTarget(arch))
     run = JITFunction.run
     seen = set()
-    for path in sorted((HERE / "launches").glob("*.py")):
-        launches = importlib.import_module(f"launches.{path.stem}").LAUNCHES
+    for op in ops:
+        launches = importlib.import_module(f"launches.{op}").LAUNCHES
         for launch, call in launches.items():
             made: list[tuple[str, Any]] = []
 
@@ -72,9 +73,9 @@ def compiled_kernels(arch: int) -> Iterator[tuple[str, str, str, Any]]:
                 for _ in tuning.each_config(call) if arch == HOPPER else [call()]:
                     pass
             for config, kernel in made:
-                if (path.stem, kernel.hash) not in seen:  # two widths may share a kernel
-                    seen.add((path.stem, kernel.hash))
-                    yield path.stem, launch, config, kernel
+                if (op, kernel.hash) not in seen:  # two widths may share a kernel
+                    seen.add((op, kernel.hash))
+                    yield op, launch, config, kernel
 
 
 def hot_part(sass: str) -> str:
@@ -125,12 +126,13 @@ def resources(kernel: Any) -> dict[str, int]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--write", action="store_true")
+    parser.add_argument("--op", choices=OPS, help="only this one")
     parser.add_argument("archs", nargs="*", type=int, metavar="ARCH")
     args = parser.parse_args()
     lines = []
     with ThreadPoolExecutor(2) as pool:
         for arch in args.archs or ((80, HOPPER, 100) if args.write else (HOPPER,)):
-            found = list(compiled_kernels(arch))
+            found = list(compiled_kernels(arch, [args.op] if args.op else OPS))
             usages = pool.map(resources, [kernel for *_, kernel in found])
             for (op, launch, config, kernel), usage in zip(found, usages, strict=True):
                 names = {"sm": arch, "op": op, "kernel": kernel.metadata.name, "launch": launch}

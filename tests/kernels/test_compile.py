@@ -4,10 +4,12 @@
 ``python tests/kernels/compile_kernels.py --write`` writes it anew after a change of a kernel.
 """
 
+import itertools
 import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +29,21 @@ Rows = list[dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Rows:
-    """Compile for sm_90, in a process of its own: kernels under the interpreter do not compile."""
+    """Compile for sm_90, in other processes: kernels under the interpreter do not compile."""
     environment = {name: v for name, v in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    run = subprocess.run(
-        [sys.executable, HERE / "compile_kernels.py", "90"],
-        env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr
-    return [json.loads(line) for line in run.stdout.splitlines()]
+
+    def compile_op(op: str) -> Rows:
+        run = subprocess.run(
+            [sys.executable, HERE / "compile_kernels.py", "--op", op, "90"],
+            env=environment, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert run.returncode == 0, run.stderr
+        return [json.loads(line) for line in run.stdout.splitlines()]
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        ops = sorted(path.stem for path in (HERE / "launches").glob("*.py"))
+        return list(itertools.chain(*pool.map(compile_op, ops)))
 
 
 def named(row: dict[str, Any]) -> str:
