@@ -2,11 +2,12 @@
 
     python tests/kernels/compile_kernels.py [--write | --op OP] [ARCH ...]
 
-ARCH is 90 by default, and 80, 90 and 100 to write. Each module of ``launches`` runs its ops on meta tensors of training shapes, for sm_90 once per
-candidate configuration. A driver that only names its target takes the place of CUDA's: Triton
-specialises and compiles exactly as it would there, and nothing is launched. Prints one JSON row per
-kernel; with --write into kernels/resources.jsonl, the table that test_compile.py holds later
-compilations to. Needs a process that never imported a kernel under TRITON_INTERPRET.
+ARCH is 90 by default, and 80, 90 and 100 to write. Each module of ``launches`` runs its ops on meta
+tensors of training shapes, for sm_90 once per candidate configuration. A driver that only names its
+target takes the place of CUDA's: Triton specialises and compiles exactly as it would there, and
+nothing is launched. Prints one JSON row per kernel; with --write into kernels/resources.jsonl, the
+table that test_compile.py holds later compilations to. Needs a process that never imported a kernel
+under TRITON_INTERPRET.
 """
 
 import argparse
