@@ -114,6 +114,31 @@ def _weighted(logits, factor, weight, row, scale):
 
 
 @triton.jit
+def _tile(
+    x, weight_0, n_0, row_0, weight_1, n_1, row_1, scale, p, k,
+    prototypes_ptr, logits_ptr, factor_ptr, P, K, inv_temp, J: tl.constexpr,
+):  # fmt: skip
+    """Return base-2 student logits and weighted targets of some rows and prototypes."""
+    inside = p[None, :] < P
+    # Before the product, which then hides their latency.
+    factor = tl.load(factor_ptr + p, mask=p < P, other=float("-inf")).to(tl.float32) * LOG2_E
+    at = logits_ptr + p[None, :]
+    logits_0 = tl.load(at + n_0 * P, mask=inside & (weight_0 != 0), other=0.0)
+    if J == 2:
+        logits_1 = tl.load(at + n_1 * P, mask=inside & (weight_1 != 0), other=0.0)
+    prototypes = tl.load(
+        prototypes_ptr + p.to(tl.int64)[None, :] * K + k[:, None],
+        mask=inside & (k[:, None] < K),
+        other=0.0,
+    )
+    student = tl.dot(x, prototypes, input_precision="ieee") * (inv_temp * LOG2_E)
+    target = _weighted(logits_0, factor[None, :], weight_0, row_0, scale)
+    if J == 2:
+        target += _weighted(logits_1, factor[None, :], weight_1, row_1, scale)
+    return student, target
+
+
+@triton.jit
 def _forward_kernel(
     x_ptr, prototypes_ptr, logits_ptr, factor_ptr, row_ptr, target_temp_ptr, target_row_ptr,
     weight_ptr, lse_TS_ptr, dot_TS_ptr, S, P, K, inv_temp, tiles_per_part,
@@ -125,32 +150,19 @@ def _forward_kernel(
     x = tl.load(x_ptr + s * K + k[None, :], mask=(s < S) & (k[None, :] < K), other=0.0)
     scale = LOG2_E / tl.load(target_temp_ptr).to(tl.float32)
     weight_0, n_0, row_0 = _pair(target_row_ptr, weight_ptr, row_ptr, s, S, 0, J)
-    if J == 2:
-        weight_1, n_1, row_1 = _pair(target_row_ptr, weight_ptr, row_ptr, s, S, 1, J)
+    weight_1, n_1, row_1 = _pair(target_row_ptr, weight_ptr, row_ptr, s, S, J - 1, J)
     largest = tl.full((BLOCK_S,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_S,), tl.float32)
     dot = tl.zeros((BLOCK_S,), tl.float32)
     first = part * tiles_per_part
     for tile in range(first, tl.minimum(first + tiles_per_part, tl.cdiv(P, BLOCK_P))):
         p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
-        inside = p[None, :] < P
-        # Before the product, which then hides their latency.
-        factor = tl.load(factor_ptr + p, mask=p < P, other=float("-inf")).to(tl.float32) * LOG2_E
-        at = logits_ptr + p[None, :]
-        logits_0 = tl.load(at + n_0 * P, mask=inside & (weight_0 != 0), other=0.0)
-        if J == 2:
-            logits_1 = tl.load(at + n_1 * P, mask=inside & (weight_1 != 0), other=0.0)
-        prototypes = tl.load(
-            prototypes_ptr + p.to(tl.int64)[None, :] * K + k[:, None],
-            mask=inside & (k[:, None] < K),
-            other=0.0,
-        )
-        student = tl.dot(x, prototypes, input_precision="ieee") * (inv_temp * LOG2_E)
-        target = _weighted(logits_0, factor[None, :], weight_0, row_0, scale)
-        if J == 2:
-            target += _weighted(logits_1, factor[None, :], weight_1, row_1, scale)
+        student, target = _tile(
+            x, weight_0, n_0, row_0, weight_1, n_1, row_1, scale, p, k,
+            prototypes_ptr, logits_ptr, factor_ptr, P, K, inv_temp, J,
+        )  # fmt: skip
         dot += tl.sum(target * student, axis=1)
-        student = tl.where(inside, student, float("-inf"))
+        student = tl.where(p[None, :] < P, student, float("-inf"))
         new = tl.maximum(largest, tl.max(student, axis=1))
         total = total * tl.exp2(largest - new) + tl.sum(tl.exp2(student - new[:, None]), axis=1)
         largest = new
@@ -171,34 +183,20 @@ def _grad_logits_kernel(
     x = tl.load(x_ptr + s * K + k[None, :], mask=(s < S) & (k[None, :] < K), other=0.0)
     scale = LOG2_E / tl.load(target_temp_ptr).to(tl.float32)
     weight_0, n_0, row_0 = _pair(target_row_ptr, weight_ptr, row_ptr, s, S, 0, J)
-    weight = weight_0
-    if J == 2:
-        weight_1, n_1, row_1 = _pair(target_row_ptr, weight_ptr, row_ptr, s, S, 1, J)
-        weight += weight_1
+    weight_1, n_1, row_1 = _pair(target_row_ptr, weight_ptr, row_ptr, s, S, J - 1, J)
+    weight = weight_0 + weight_1 if J == 2 else weight_0
     lse = tl.load(lse_ptr + s, mask=s < S, other=0.0).to(tl.float32) * LOG2_E
     grad = tl.load(grad_ptr + s, mask=s < S, other=0.0).to(tl.float32) * inv_temp
     first = tl.program_id(1) * tiles_per_part
     for tile in range(first, tl.minimum(first + tiles_per_part, tl.cdiv(P, BLOCK_P))):
         p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
-        inside = p[None, :] < P
-        # As in the forward.
-        factor = tl.load(factor_ptr + p, mask=p < P, other=float("-inf")).to(tl.float32) * LOG2_E
-        at = logits_ptr + p[None, :]
-        logits_0 = tl.load(at + n_0 * P, mask=inside & (weight_0 != 0), other=0.0)
-        if J == 2:
-            logits_1 = tl.load(at + n_1 * P, mask=inside & (weight_1 != 0), other=0.0)
-        prototypes = tl.load(
-            prototypes_ptr + p.to(tl.int64)[None, :] * K + k[:, None],
-            mask=inside & (k[:, None] < K),
-            other=0.0,
-        )
-        student = tl.dot(x, prototypes, input_precision="ieee") * (inv_temp * LOG2_E)
-        target = _weighted(logits_0, factor[None, :], weight_0, row_0, scale)
-        if J == 2:
-            target += _weighted(logits_1, factor[None, :], weight_1, row_1, scale)
+        student, target = _tile(
+            x, weight_0, n_0, row_0, weight_1, n_1, row_1, scale, p, k,
+            prototypes_ptr, logits_ptr, factor_ptr, P, K, inv_temp, J,
+        )  # fmt: skip
         out = grad * (weight * tl.exp2(student - lse) - target)
         out = out.to(out_SP_ptr.dtype.element_ty)
-        tl.store(out_SP_ptr + s * P + p[None, :], out, mask=(s < S) & inside)
+        tl.store(out_SP_ptr + s * P + p[None, :], out, mask=(s < S) & (p[None, :] < P))
 
 
 def _block(size: int, largest: int) -> int:
