@@ -109,7 +109,10 @@ def merge(table: Table, chosen_configs: Mapping[Launch, Config]) -> Table:
 
 
 def write(path: Path, table: Table) -> None:
-    """Write a table; a reader finds the old one or the whole new one."""
+    """Write a table; a reader finds the old one or the whole new one.
+
+    By itself: ``tapct_fast.io.atomic`` comes with the native core, which a bare GPU machine lacks.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(json.dumps(table, indent=1) + "\n")
