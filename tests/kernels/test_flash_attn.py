@@ -204,7 +204,9 @@ def test_package_that_is_absent_or_built_for_another_torch_is_refused(
     monkeypatch.setattr(sys, "path", [p for p in sys.path if "site-packages" not in p])
     assert package_refusal(3) == "not installed"
     (tmp_path / f"{module}.py").write_text("raise ImportError('undefined symbol: _ZN3c10')\n")
-    monkeypatch.syspath_prepend(tmp_path)
+    # Not syspath_prepend: it would put back, at the end, the path without site-packages.
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    importlib.invalidate_caches()
     package_refusal.cache_clear()
     refusal = package_refusal(3)
     assert refusal == "installed, but its import fails: undefined symbol: _ZN3c10"
