@@ -67,8 +67,14 @@ class ViewGroupConfig:
     in_plane_scale: Range  # fraction of the box's in-plane area
     depth_scale: Range  # fraction of the box's depth
     aspect: Range = (3 / 4, 4 / 3)  # in-plane height / width, log-uniform
+    antialias: bool = True  # smooth where a view shrinks its part of the box
+    blur_prob: Range = (0.25, 0.25)  # of the first view, of each other view
 
     def __post_init__(self) -> None:
+        _require(
+            all(0 <= p <= 1 for p in self.blur_prob),
+            f"views.blur_prob={self.blur_prob} are not probabilities",
+        )
         _require(self.num >= 0, f"views.num={self.num} is negative")
         _require(min(self.size_zyx) > 0, f"views.size_zyx={self.size_zyx} is not positive")
         _require_range("views.in_plane_scale", self.in_plane_scale, 1e-4, 1.0)
@@ -81,7 +87,7 @@ class ViewsConfig:
     """The law every view parameter is drawn from.
 
     Defaults: DINOv2 in plane, 3DINO across slices, intensity changes of SPECTRE and 3DINO that keep
-    HU ordering. TAP-CT's own ranges are not public.
+    HU ordering, contrast as in nnU-Net. TAP-CT's own ranges are not public.
     """
 
     global_views: ViewGroupConfig = field(
@@ -94,13 +100,19 @@ class ViewsConfig:
             num=8, size_zyx=(12, 96, 96), in_plane_scale=(0.05, 0.32), depth_scale=(0.2, 0.5)
         )
     )
+    renderer: Literal["auto", "torch", "native", "dali"] = "auto"
     flip_prob_zyx: tuple[float, float, float] = (0.0, 0.0, 0.5)
+    quarter_turn_prob: float = 0.0  # in plane, by 90, 180 or 270 degrees
     window_prob: float = 0.5
     window_shift: float = 0.1  # each end moves by up to this fraction of the clip range
     gamma_prob: float = 0.25
     gamma: Range = (0.8, 1.25)  # log-uniform
-    blur_prob: float = 0.25
+    contrast_prob: float = 0.25
+    contrast: Range = (0.75, 1.25)  # about the middle of the clip range, uniform
+    blur_as_released: bool = False  # as DINOv2's code: blurred with one minus its probability
     blur_sigma: Range = (0.3, 1.0)  # view voxels
+    thick_slice_prob: float = 0.25
+    thick_slices: Range = (1.0, 3.0)  # full width at half maximum of a slice, in view voxels
     noise_prob: float = 0.25
     noise_std: Range = (0.0, 0.1)  # of the z-scored intensities
 
@@ -108,7 +120,10 @@ class ViewsConfig:
         _require(
             self.global_views.num == 2, "views.global_views.num must be 2: DINO compares two views"
         )
-        for name in ("window_prob", "gamma_prob", "blur_prob", "noise_prob"):
+        for name in (
+            *("quarter_turn_prob", "window_prob", "gamma_prob", "contrast_prob"),
+            *("thick_slice_prob", "noise_prob"),
+        ):
             value = getattr(self, name)
             _require(0 <= value <= 1, f"views.{name}={value} is not a probability")
         _require(
@@ -119,8 +134,17 @@ class ViewsConfig:
             0 <= self.window_shift < 0.5,
             f"views.window_shift={self.window_shift} is not in [0, 0.5)",
         )
+        for group in (self.global_views, self.local_views):
+            _, y, x = group.size_zyx
+            _require(
+                self.quarter_turn_prob == 0 or y == x,
+                f"views.quarter_turn_prob={self.quarter_turn_prob} needs square views; "
+                f"views.size_zyx={group.size_zyx}",
+            )
         _require_range("views.gamma", self.gamma, 0.1, 10.0)
+        _require_range("views.contrast", self.contrast, 0.1, 10.0)
         _require_range("views.blur_sigma", self.blur_sigma, 0.01, 10.0)
+        _require_range("views.thick_slices", self.thick_slices, 0.1, 20.0)
         _require_range("views.noise_std", self.noise_std, 0.0, 10.0)
 
 

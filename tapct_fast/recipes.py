@@ -31,7 +31,8 @@ def debug() -> Config:
     """A small run that shows learning on two CPU cores in about two minutes; not a useful model.
 
     Views of 5 to 7.5 mm slices and 3 to 6 mm pixels, no flips (left and right are labels to tell
-    apart), few prototypes: a batch of 16 cannot fill more.
+    apart), no change of contrast or slice thickness (so short a run learns less from more), few
+    prototypes: a batch of 16 cannot fill more.
     """
     head = HeadConfig(num_prototypes=128, bottleneck_dim=64, hidden_dim=256)
     return Config(
@@ -44,6 +45,8 @@ def debug() -> Config:
                 num=4, size_zyx=(8, 32, 32), in_plane_scale=(0.05, 0.25), depth_scale=(0.5, 1.0)
             ),
             flip_prob_zyx=(0.0, 0.0, 0.0),
+            contrast_prob=0.0,
+            thick_slice_prob=0.0,
         ),
         vit=VitConfig(dim=128, depth=4, image_zyx=(8, 64, 64), layer_scale=0.1, drop_path=0.0),
         heads=HeadsConfig(dino=head, ibot=head),

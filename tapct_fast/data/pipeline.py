@@ -123,7 +123,7 @@ class ViewPipeline:
                     spacing_mm=self._cases[crop.case].spacing_mm,
                     rng=generator(seed, Stream.VIEWS, index, number),
                 ),
-                group.size_zyx,
+                group,
                 config.hu,
             )
             for number, group in enumerate((config.views.global_views, config.views.local_views))

@@ -2,13 +2,14 @@
 
 Shape suffixes: V views, Z Y X voxels of the box or the view, O outputs, I inputs and T taps along
 one axis, N voxels, P pairs of voxels.
-Order: resample -> window to [0, 1] and clip -> gamma -> blur -> back to HU of the clip range ->
-z-score -> noise.
+Order: resample -> quarter turns -> window to [0, 1] and clip -> gamma -> contrast about 0.5 and
+clip -> blur -> back to HU of the clip range -> z-score -> noise.
 
 Resampling, per axis: output i sits at lo + (i + 0.5) / n * (hi - lo) - 0.5 in box voxels (0 =
 centre of the first voxel); its weights are a triangle of half-width max(|hi - lo| / n, 1),
-normalised to one. So enlarging is linear interpolation and shrinking is antialiased. The triangle
-may leave the view but repeats the outermost voxel at the edge of the box. Blur is a Gaussian of
+normalised to one. So enlarging is linear interpolation and shrinking is antialiased; without
+``antialias`` the half-width is 1 and shrinking is linear interpolation too. The triangle may leave
+the view but repeats the outermost voxel at the edge of the box. Blur is a Gaussian per axis of
 radius ceil(3 sigma), mirrored without repeating the edge voxel (reflect 101), as often as a thin
 view asks for.
 Source: the geometry of DALI's resize and of ``grid_sample(align_corners=False)``.
@@ -26,7 +27,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tapct_fast.config import HuConfig, Zyx
+from tapct_fast.config import HuConfig, ViewGroupConfig
 from tapct_fast.data.views import ViewTable
 
 # Outputs per matmul. The weights are banded, so a block of outputs reads a short range of inputs:
@@ -36,35 +37,38 @@ from tapct_fast.data.views import ViewTable
 _BLOCK_ZYX = (4, 16, 16)
 
 
-def render(hu_ZYX: Tensor, table: ViewTable, size_zyx: Zyx, hu: HuConfig) -> Tensor:
+def render(hu_ZYX: Tensor, table: ViewTable, group: ViewGroupConfig, hu: HuConfig) -> Tensor:
     """Render the views of one group from one box; a pure function of its arguments.
 
     Args:
         hu_ZYX: int16 HU of the box, on any device.
         table: What ``draw_views`` drew for this box.
-        size_zyx: Size of each view in voxels.
+        group: Size of each view in voxels, and whether shrinking is antialiased.
         hu: Clip range, mean and deviation.
 
     Returns:
         Z-scored float32 views VZYX on the device of ``hu_ZYX``.
     """
     views_VZYX = torch.empty(
-        (len(table.gamma_V), *size_zyx), dtype=torch.float32, device=hu_ZYX.device
+        (len(table.gamma_V), *group.size_zyx), dtype=torch.float32, device=hu_ZYX.device
     )
     gain = (hu.clip[1] - hu.clip[0]) / hu.std
     offset = (hu.clip[0] - hu.mean) / hu.std
     for v, view_ZYX in enumerate(views_VZYX):
-        unit_ZYX = _resample(hu_ZYX, table.lo_V3[v], table.hi_V3[v], size_zyx)
+        unit_ZYX = _resample(hu_ZYX, table.lo_V3[v], table.hi_V3[v], group)
+        unit_ZYX = unit_ZYX.rot90(int(table.turns_V[v]), dims=(1, 2))
         low, high = map(float, table.window_V2[v])
         unit_ZYX.sub_(low).mul_(1 / (high - low)).clamp_(0, 1)
         if table.gamma_V[v] != 1:
             unit_ZYX.pow_(float(table.gamma_V[v]))
-        if table.sigma_V[v] > 0:
-            unit_ZYX = _blur(unit_ZYX, float(table.sigma_V[v]))
+        if table.contrast_V[v] != 1:
+            unit_ZYX.sub_(0.5).mul_(float(table.contrast_V[v])).add_(0.5).clamp_(0, 1)
+        if table.sigma_V3[v].any():
+            unit_ZYX = _blur(unit_ZYX, table.sigma_V3[v])
         torch.mul(unit_ZYX, gain, out=view_ZYX).add_(offset)
         if table.noise_std_V[v] > 0:
             noise_N = gaussian_noise(int(table.noise_key_V[v]), view_ZYX.numel())
-            noise_ZYX = noise_N.to(hu_ZYX.device).view(size_zyx)
+            noise_ZYX = noise_N.to(hu_ZYX.device).view(group.size_zyx)
             view_ZYX.add_(noise_ZYX, alpha=float(table.noise_std_V[v]))
     return views_VZYX
 
@@ -82,10 +86,11 @@ def gaussian_noise(key: int, num_voxels: int) -> Tensor:
 
 
 def _resample(
-    hu_ZYX: Tensor, lo_3: NDArray[np.float32], hi_3: NDArray[np.float32], size_zyx: Zyx
+    hu_ZYX: Tensor, lo_3: NDArray[np.float32], hi_3: NDArray[np.float32], group: ViewGroupConfig
 ) -> Tensor:
+    size_zyx = group.size_zyx
     axes = [
-        _triangle_weights(float(lo), float(hi), num_out, num_in)
+        _triangle_weights(float(lo), float(hi), num_out, num_in, antialias=group.antialias)
         for lo, hi, num_out, num_in in zip(lo_3, hi_3, size_zyx, hu_ZYX.shape, strict=True)
     ]
     box_ZYX = hu_ZYX
@@ -97,18 +102,19 @@ def _resample(
     return box_ZYX
 
 
-def _blur(unit_ZYX: Tensor, sigma: float) -> Tensor:
-    for axis, size in enumerate(unit_ZYX.shape):
-        unit_ZYX = _apply_along(unit_ZYX, _gaussian_weights(sigma, size), axis)
+def _blur(unit_ZYX: Tensor, sigma_3: NDArray[np.float32]) -> Tensor:
+    for axis, (size, sigma) in enumerate(zip(unit_ZYX.shape, sigma_3, strict=True)):
+        if sigma > 0:
+            unit_ZYX = _apply_along(unit_ZYX, _gaussian_weights(float(sigma), size), axis)
     return unit_ZYX.clamp_(0, 1)  # rounding of the weights' sum must not leave the clip range
 
 
 def _triangle_weights(
-    lo: float, hi: float, num_out: int, num_in: int
+    lo: float, hi: float, num_out: int, num_in: int, *, antialias: bool
 ) -> tuple[NDArray[np.float32], int]:
     """Return weights over the inputs that any output touches, and the first of these inputs."""
     scale = (hi - lo) / num_out
-    half_width = max(abs(scale), 1.0)
+    half_width = max(abs(scale), 1.0) if antialias else 1.0
     center_O = lo + (np.arange(num_out) + 0.5) * scale - 0.5
     taps = math.ceil(2 * half_width)
     input_OT = np.floor(center_O - half_width).astype(np.int64)[:, None] + 1 + np.arange(taps)

@@ -8,10 +8,18 @@ The law of one view, all draws independent unless said otherwise:
   which a rectangle of that area fits the box, or the nearest that fits (a box much longer one
   way). So the area keeps its exact law, which the rejection of RandomResizedCrop bends;
 - position: uniform inside the box, continuous; each axis flipped with its probability;
-- window ends: each moved by a uniform share of the clip range; gamma: log-uniform; blur sigma and
-  noise deviation: uniform. Each of the four is left alone with one minus its probability.
+- turns: one, two or three quarter turns in plane, equally likely;
+- window ends: each moved by a uniform share of the clip range; gamma: log-uniform; contrast, blur
+  sigma and noise deviation: uniform;
+- thick slices: a Gaussian slice profile whose full width at half maximum is uniform; its variance
+  adds to the blur's across slices.
+Each of these six is left alone with one minus its probability. The first view of a group may have
+another probability of blur than the rest, as in DINOv2. DINOv2's released code blurs with one minus
+the probability it states (its RandomApply takes the probability to keep): 0, 0.9 and 0.5 where its
+settings say 1, 0.1 and 0.5. ``blur_as_released`` does the same.
 
-Source: DINOv2's multi-crop with 3DINO's separate scale across slices; HU window as in SPECTRE.
+Source: DINOv2's multi-crop (facebookresearch/dinov2 data/transforms.py, Apache-2.0) with 3DINO's
+separate scale across slices; HU window as in SPECTRE.
 """
 
 from typing import NamedTuple
@@ -26,7 +34,9 @@ _AREA, _ASPECT, _DEPTH = 0, 1, 2
 _POSITION, _FLIP = 3, 6  # z, y, x each
 _WINDOW = 9  # whether, low end, high end
 _GAMMA, _BLUR, _NOISE = 12, 14, 16  # whether, how much
-_NUM_UNIFORMS = 18
+_TURN, _CONTRAST, _THICK = 18, 20, 22
+_NUM_UNIFORMS = 24
+_FWHM = 2 * np.sqrt(2 * np.log(2))  # of a Gaussian, in sigmas
 
 
 class ViewTable(NamedTuple):
@@ -35,9 +45,11 @@ class ViewTable(NamedTuple):
     # Box voxels, 0 = outer face of the first voxel; lo > hi flips the axis.
     lo_V3: NDArray[np.float32]
     hi_V3: NDArray[np.float32]
+    turns_V: NDArray[np.uint8]  # quarter turns of the view, as torch.rot90 in (Y, X) counts them
     window_V2: NDArray[np.float32]  # HU shown as the two ends of the clip range
     gamma_V: NDArray[np.float32]  # 1 = none
-    sigma_V: NDArray[np.float32]  # view voxels, 0 = no blur
+    contrast_V: NDArray[np.float32]  # 1 = none
+    sigma_V3: NDArray[np.float32]  # blur per axis in view voxels, 0 = none; equal in y and x
     noise_std_V: NDArray[np.float32]  # of the z-scored intensities, 0 = none
     noise_key_V: NDArray[np.uint64]
 
@@ -74,17 +86,34 @@ def draw_views(
     shift_V2 = _uniform(u[:, _WINDOW + 1 : _WINDOW + 3], (-shift, shift))
     shift_V2 *= (u[:, _WINDOW, None] < config.window_prob) * (hu.clip[1] - hu.clip[0])
     gamma_V = np.exp(_uniform(u[:, _GAMMA + 1], (np.log(config.gamma[0]), np.log(config.gamma[1]))))
-    sigma_V = _uniform(u[:, _BLUR + 1], config.blur_sigma)
+    turns_V = (u[:, _TURN] < config.quarter_turn_prob) * (1 + np.floor(3 * u[:, _TURN + 1]))
+    contrast_V = _uniform(u[:, _CONTRAST + 1], config.contrast)
     noise_std_V = _uniform(u[:, _NOISE + 1], config.noise_std)
     return ViewTable(
         lo_V3=np.where(flip_V3, stop_V3, start_V3).astype(np.float32),
         hi_V3=np.where(flip_V3, start_V3, stop_V3).astype(np.float32),
+        turns_V=turns_V.astype(np.uint8),
         window_V2=(np.array(hu.clip) + shift_V2).astype(np.float32),
         gamma_V=np.where(u[:, _GAMMA] < config.gamma_prob, gamma_V, 1).astype(np.float32),
-        sigma_V=np.where(u[:, _BLUR] < config.blur_prob, sigma_V, 0).astype(np.float32),
+        contrast_V=np.where(u[:, _CONTRAST] < config.contrast_prob, contrast_V, 1).astype(
+            np.float32
+        ),
+        sigma_V3=_sigmas(config, group, u).astype(np.float32),
         noise_std_V=np.where(u[:, _NOISE] < config.noise_prob, noise_std_V, 0).astype(np.float32),
         noise_key_V=noise_key_V,
     )
+
+
+def _sigmas(
+    config: ViewsConfig, group: ViewGroupConfig, u: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    prob_V = np.array([group.blur_prob[min(v, 1)] for v in range(group.num)])
+    if config.blur_as_released:
+        prob_V = 1 - prob_V
+    blur_V = (u[:, _BLUR] < prob_V) * _uniform(u[:, _BLUR + 1], config.blur_sigma)
+    thick_V = _uniform(u[:, _THICK + 1], config.thick_slices) / _FWHM
+    thick_V *= u[:, _THICK] < config.thick_slice_prob
+    return np.stack([np.hypot(blur_V, thick_V), blur_V, blur_V], axis=1)
 
 
 def _extents(

@@ -112,7 +112,7 @@ def test_a_batch_holds_the_views_of_the_samples_it_should(
                 spacing_mm=cases[crop.case].spacing_mm,
                 rng=generator(11, Stream.VIEWS, index, number),
             )
-            expected = render(box_ZYX, table, groups[number].size_zyx, CONFIG.hu)
+            expected = render(box_ZYX, table, groups[number], CONFIG.hu)
             assert torch.equal(views[:, b], expected)
 
 

@@ -24,19 +24,36 @@ def plain_table(
     hi: list[float],
     *,
     window: tuple[float, float] = HU.clip,
+    turns: int = 0,
     gamma: float = 1.0,
+    contrast: float = 1.0,
     sigma: float = 0.0,
+    sigma_z: float | None = None,
     noise_std: float = 0.0,
     noise_key: int = 0,
 ) -> ViewTable:
     return ViewTable(
         lo_V3=np.array([lo], dtype=np.float32),
         hi_V3=np.array([hi], dtype=np.float32),
+        turns_V=np.array([turns], dtype=np.uint8),
         window_V2=np.array([window], dtype=np.float32),
         gamma_V=np.array([gamma], dtype=np.float32),
-        sigma_V=np.array([sigma], dtype=np.float32),
+        contrast_V=np.array([contrast], dtype=np.float32),
+        sigma_V3=np.array(
+            [[sigma if sigma_z is None else sigma_z, sigma, sigma]], dtype=np.float32
+        ),
         noise_std_V=np.array([noise_std], dtype=np.float32),
         noise_key_V=np.array([noise_key], dtype=np.uint64),
+    )
+
+
+def group_of(size_zyx: Zyx, *, antialias: bool = True) -> ViewGroupConfig:
+    return ViewGroupConfig(
+        num=1,
+        size_zyx=size_zyx,
+        in_plane_scale=(1.0, 1.0),
+        depth_scale=(1.0, 1.0),
+        antialias=antialias,
     )
 
 
@@ -46,20 +63,20 @@ def random_hu(shape_zyx: Zyx, seed: int = 0) -> Tensor:
 
 def render_hu(hu_ZYX: Tensor, table: ViewTable, size_zyx: Zyx, hu: HuConfig = HU) -> Tensor:
     """Render one view and undo the z-score."""
-    return render(hu_ZYX, table, size_zyx, hu)[0].double() * hu.std + hu.mean
+    return render(hu_ZYX, table, group_of(size_zyx), hu)[0].double() * hu.std + hu.mean
 
 
 # The oracle: float64, one loop per axis, written from the contract and not from the renderer.
 
 
 def oracle_axis(
-    x: NDArray[np.float64], axis: int, lo: float, hi: float, n: int
+    x: NDArray[np.float64], axis: int, lo: float, hi: float, n: int, *, antialias: bool
 ) -> NDArray[np.float64]:
     x = np.moveaxis(x, axis, 0)
     rows = []
     for i in range(n):
         source = lo + (i + 0.5) / n * (hi - lo) - 0.5
-        width = max(abs(hi - lo) / n, 1.0)
+        width = max(abs(hi - lo) / n, 1.0) if antialias else 1.0
         total, row = 0.0, np.zeros(x.shape[1:])
         for j in range(math.floor(source - width) - 1, math.ceil(source + width) + 2):
             weight = 1 - abs(j - source) / width
@@ -101,18 +118,21 @@ def oracle_noise(key: int, num_voxels: int) -> NDArray[np.float64]:
     return np.array(noise)
 
 
-def oracle_render(hu_ZYX: Tensor, table: ViewTable, size_zyx: Zyx) -> NDArray[np.float64]:
+def oracle_render(hu_ZYX: Tensor, table: ViewTable, group: ViewGroupConfig) -> NDArray[np.float64]:
     views = []
     for v in range(len(table.gamma_V)):
         x = hu_ZYX.numpy().astype(np.float64)
         for axis in range(3):
             lo, hi = float(table.lo_V3[v, axis]), float(table.hi_V3[v, axis])
-            x = oracle_axis(x, axis, lo, hi, size_zyx[axis])
+            x = oracle_axis(x, axis, lo, hi, group.size_zyx[axis], antialias=group.antialias)
+        for _ in range(int(table.turns_V[v])):
+            x = x.transpose(0, 2, 1)[:, ::-1]
         low, high = table.window_V2[v].astype(np.float64)
         x = np.clip((x - low) / (high - low), 0, 1) ** float(table.gamma_V[v])
-        if table.sigma_V[v]:
-            for axis in range(3):
-                x = oracle_blur(x, axis, float(table.sigma_V[v]))
+        x = np.clip((x - 0.5) * float(table.contrast_V[v]) + 0.5, 0, 1)
+        for axis in range(3):
+            if table.sigma_V3[v, axis]:
+                x = oracle_blur(x, axis, float(table.sigma_V3[v, axis]))
         x = (HU.clip[0] + x * (HU.clip[1] - HU.clip[0]) - HU.mean) / HU.std
         if table.noise_std_V[v]:
             noise = oracle_noise(int(table.noise_key_V[v]), x.size).reshape(x.shape)
@@ -121,31 +141,44 @@ def oracle_render(hu_ZYX: Tensor, table: ViewTable, size_zyx: Zyx) -> NDArray[np
     return np.stack(views)
 
 
+@pytest.mark.parametrize("antialias", [True, False])
 @pytest.mark.parametrize(
     ("shape_zyx", "size_zyx"),
     [
-        ((9, 40, 37), (4, 16, 24)),  # shrinks
+        ((9, 40, 37), (4, 16, 16)),  # shrinks
         ((3, 12, 14), (8, 40, 24)),  # enlarges
         ((30, 11, 50), (5, 33, 20)),  # both; sizes that no block divides
         ((1, 1, 1), (4, 8, 8)),
         ((1, 30, 2), (2, 8, 8)),
     ],
 )
-def test_rendering_matches_the_float64_oracle(shape_zyx: Zyx, size_zyx: Zyx) -> None:
+def test_rendering_matches_the_float64_oracle(
+    shape_zyx: Zyx, size_zyx: Zyx, antialias: bool
+) -> None:
     config = ViewsConfig(
-        flip_prob_zyx=(0.5, 0.5, 0.5), gamma_prob=0.7, blur_prob=0.7, noise_prob=0.5
+        flip_prob_zyx=(0.5, 0.5, 0.5),
+        quarter_turn_prob=0.7 if size_zyx[1] == size_zyx[2] else 0.0,
+        gamma_prob=0.7,
+        contrast_prob=0.7,
+        thick_slice_prob=0.5,
+        noise_prob=0.5,
     )
     group = ViewGroupConfig(
-        num=8, size_zyx=size_zyx, in_plane_scale=(0.1, 1.0), depth_scale=(0.3, 1.0)
+        num=8,
+        size_zyx=size_zyx,
+        in_plane_scale=(0.1, 1.0),
+        depth_scale=(0.3, 1.0),
+        antialias=antialias,
+        blur_prob=(0.7, 0.7),
     )
     table = draw_views(
         config, group, HU, shape_zyx, spacing_mm=(2.0, 1.0, 1.0), rng=generator(1, *shape_zyx)
     )
     hu_ZYX = random_hu(shape_zyx)
-    views = render(hu_ZYX, table, size_zyx, HU)
+    views = render(hu_ZYX, table, group, HU)
     assert views.dtype == torch.float32
     assert views.shape == (8, *size_zyx)
-    np.testing.assert_allclose(views.numpy(), oracle_render(hu_ZYX, table, size_zyx), atol=ATOL)
+    np.testing.assert_allclose(views.numpy(), oracle_render(hu_ZYX, table, group), atol=ATOL)
 
 
 def test_the_oracles_philox_gives_the_published_answer() -> None:
@@ -189,7 +222,7 @@ def test_shrinking_is_antialiased_as_in_torch_away_from_the_edge() -> None:
 def test_a_constant_stays_constant(sigma: float) -> None:
     hu_ZYX = torch.full((7, 33, 29), 40, dtype=torch.int16)
     table = plain_table([0.5, 30.2, 1.1], [6.4, 3.3, 28.0], sigma=sigma)
-    views = render(hu_ZYX, table, (12, 24, 16), HU)
+    views = render(hu_ZYX, table, group_of((12, 24, 16)), HU)
     torch.testing.assert_close(
         views, torch.full_like(views, (40 - HU.mean) / HU.std), atol=ATOL, rtol=0
     )
@@ -212,20 +245,20 @@ def test_a_linear_ramp_is_reproduced_exactly_inside(size_zyx: Zyx) -> None:
 def test_reversed_bounds_flip_and_a_flip_of_a_flip_is_the_view(axis: int) -> None:
     hu_ZYX = random_hu((9, 40, 50))
     lo, hi = [1.3, 4.7, 6.1], [8.2, 35.5, 41.9]
-    straight = render(hu_ZYX, plain_table(lo, hi), (8, 24, 16), HU)
+    straight = render(hu_ZYX, plain_table(lo, hi), group_of((8, 24, 16)), HU)
     lo[axis], hi[axis] = hi[axis], lo[axis]
-    flipped = render(hu_ZYX, plain_table(lo, hi), (8, 24, 16), HU)
+    flipped = render(hu_ZYX, plain_table(lo, hi), group_of((8, 24, 16)), HU)
     assert not torch.allclose(flipped, straight)
     torch.testing.assert_close(flipped.flip(axis + 1), straight, atol=ATOL, rtol=0)
     size = hu_ZYX.shape[axis]
     lo[axis], hi[axis] = size - hi[axis], size - lo[axis]  # reversed bounds in a reversed box
-    twice = render(hu_ZYX.flip(axis), plain_table(lo, hi), (8, 24, 16), HU)
+    twice = render(hu_ZYX.flip(axis), plain_table(lo, hi), group_of((8, 24, 16)), HU)
     torch.testing.assert_close(twice, straight, atol=ATOL, rtol=0)
 
 
 def test_a_view_of_the_voxels_themselves_is_the_clipped_z_score() -> None:
     hu_ZYX = random_hu((4, 16, 24))
-    views = render(hu_ZYX[:, 2:10], plain_table([0, 0, 4], [4, 8, 20]), (4, 8, 16), HU)
+    views = render(hu_ZYX[:, 2:10], plain_table([0, 0, 4], [4, 8, 20]), group_of((4, 8, 16)), HU)
     expected = (hu_ZYX[:, 2:10, 4:20].clamp(*map(int, HU.clip)).double() - HU.mean) / HU.std
     torch.testing.assert_close(views[0].double(), expected, atol=ATOL, rtol=0)
 
@@ -236,6 +269,40 @@ def test_the_window_is_stretched_over_the_clip_range_and_gamma_acts_inside_it() 
     unit = (render_hu(hu_ZYX, table, (1, 1, 6)) - HU.clip[0]) / (HU.clip[1] - HU.clip[0])
     expected = torch.tensor([0, 0, 0.09, 0.36, 1, 1], dtype=torch.float64)
     torch.testing.assert_close(unit.flatten(), expected, atol=1e-6, rtol=0)
+
+
+def test_contrast_turns_about_the_middle_of_the_clip_range() -> None:
+    middle = (HU.clip[0] + HU.clip[1]) / 2
+    hu_ZYX = torch.tensor([[[-1008, -593, -93, 407, 822]]], dtype=torch.int16)
+    views = render_hu(hu_ZYX, plain_table([0, 0, 0], [1, 1, 5], contrast=1.5), (1, 1, 5))
+    expected = (middle + 1.5 * (hu_ZYX.double() - middle)).clamp(*HU.clip)
+    torch.testing.assert_close(views, expected, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("turns", [1, 2, 3])
+def test_a_turned_view_is_the_view_turned_and_its_noise_stays(turns: int) -> None:
+    hu_ZYX, size_zyx = random_hu((4, 30, 30)), (4, 16, 16)
+    lo, hi = [0.0, 3.0, 2.0], [4.0, 25.0, 28.0]
+    straight = render_hu(hu_ZYX, plain_table(lo, hi, sigma=0.7, sigma_z=1.2), size_zyx)
+    table = plain_table(lo, hi, sigma=0.7, sigma_z=1.2, turns=turns, noise_std=0.1, noise_key=3)
+    noise = gaussian_noise(3, 4 * 16 * 16).view(size_zyx).double() * 0.1 * HU.std
+    torch.testing.assert_close(
+        render_hu(hu_ZYX, table, size_zyx) - noise,
+        straight.rot90(turns, dims=(1, 2)),
+        atol=5e-3,
+        rtol=0,
+    )
+
+
+def test_a_thick_slice_blurs_across_slices_only() -> None:
+    hu_ZYX = torch.full((9, 15, 15), -1008, dtype=torch.int16)
+    hu_ZYX[4, 7, 7] = 822
+    table = plain_table([0, 0, 0], [9, 15, 15], sigma=0.0, sigma_z=0.9)
+    unit_ZYX = (render_hu(hu_ZYX, table, (9, 15, 15)) + 1008) / 1830
+    assert unit_ZYX[:, 7, 7].sum().item() == pytest.approx(1.0, abs=1e-5)
+    near = unit_ZYX[5, 7, 7] / unit_ZYX[4, 7, 7]
+    assert near.item() == pytest.approx(math.exp(-0.5 / 0.81), rel=1e-4)
+    assert unit_ZYX[4, 7, 6].abs() < 1e-6
 
 
 def test_blur_spreads_a_point_like_a_gaussian_and_keeps_its_mass() -> None:
@@ -274,42 +341,46 @@ def test_noise_is_added_last_and_does_not_follow_the_flip() -> None:
     hu_ZYX = random_hu((4, 16, 16))
     lo, hi = [0.0, 0, 0], [4.0, 16, 16]
     noisy = plain_table(lo, hi, noise_std=0.1, noise_key=9)
-    noise = render(hu_ZYX, noisy, (4, 16, 16), HU) - render(
-        hu_ZYX, plain_table(lo, hi), (4, 16, 16), HU
+    noise = render(hu_ZYX, noisy, group_of((4, 16, 16)), HU) - render(
+        hu_ZYX, plain_table(lo, hi), group_of((4, 16, 16)), HU
     )
     torch.testing.assert_close(noise.flatten(), 0.1 * gaussian_noise(9, 1024), atol=ATOL, rtol=0)
 
 
 def test_the_same_arguments_give_the_same_bytes_on_any_number_of_threads() -> None:
-    config = ViewsConfig(gamma_prob=1, blur_prob=1, noise_prob=1)
+    config = ViewsConfig(gamma_prob=1, contrast_prob=1, thick_slice_prob=1, noise_prob=1)
     group = ViewGroupConfig(
-        num=2, size_zyx=(12, 96, 96), in_plane_scale=(0.3, 1), depth_scale=(0.5, 1)
+        num=2,
+        size_zyx=(12, 96, 96),
+        in_plane_scale=(0.3, 1),
+        depth_scale=(0.5, 1),
+        blur_prob=(1, 1),
     )
     shape_zyx = (30, 200, 210)
     table = draw_views(config, group, HU, shape_zyx, spacing_mm=(2.0, 1.0, 1.0), rng=generator(0))
     hu_ZYX = random_hu(shape_zyx)
     before = hu_ZYX.clone()
-    first = render(hu_ZYX, table, (12, 96, 96), HU)
+    first = render(hu_ZYX, table, group, HU)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
-        assert torch.equal(render(hu_ZYX, table, (12, 96, 96), HU), first)
+        assert torch.equal(render(hu_ZYX, table, group, HU), first)
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(hu_ZYX, before)
 
 
 def test_a_view_does_not_depend_on_the_views_beside_it() -> None:
-    config = ViewsConfig(gamma_prob=0.5, blur_prob=0.5, noise_prob=0.5)
+    config = ViewsConfig(gamma_prob=0.5, contrast_prob=0.5, noise_prob=0.5)
     group = ViewGroupConfig(
         num=6, size_zyx=(4, 16, 16), in_plane_scale=(0.1, 1), depth_scale=(0.3, 1)
     )
     table = draw_views(config, group, HU, (9, 40, 40), spacing_mm=(1, 1, 1), rng=generator(2))
     hu_ZYX = random_hu((9, 40, 40))
-    together = render(hu_ZYX, table, (4, 16, 16), HU)
+    together = render(hu_ZYX, table, group, HU)
     for v in range(6):
         alone = ViewTable(*(column[v : v + 1] for column in table))
-        assert torch.equal(render(hu_ZYX, alone, (4, 16, 16), HU)[0], together[v])
+        assert torch.equal(render(hu_ZYX, alone, group, HU)[0], together[v])
 
 
 @pytest.mark.parametrize("fill", [-32768, -1024, 3071, 32767])
@@ -319,13 +390,20 @@ def test_no_legal_setting_makes_a_view_that_is_not_finite(fill: int) -> None:
         window_shift=0.499,
         gamma_prob=1,
         gamma=(0.1, 10.0),
-        blur_prob=1,
+        contrast_prob=1,
+        contrast=(0.1, 10.0),
+        thick_slice_prob=1,
+        thick_slices=(0.1, 20.0),
         blur_sigma=(0.01, 10.0),
         noise_prob=1,
         noise_std=(0.0, 10.0),
     )
     group = ViewGroupConfig(
-        num=40, size_zyx=(3, 7, 5), in_plane_scale=(1e-4, 1.0), depth_scale=(1e-4, 1.0)
+        num=40,
+        size_zyx=(3, 7, 5),
+        in_plane_scale=(1e-4, 1.0),
+        depth_scale=(1e-4, 1.0),
+        blur_prob=(1, 1),
     )
     for shape_zyx in [(1, 1, 1), (2, 50, 1), (40, 3, 9)]:
         hu_ZYX = torch.full(shape_zyx, fill, dtype=torch.int16)
@@ -333,17 +411,17 @@ def test_no_legal_setting_makes_a_view_that_is_not_finite(fill: int) -> None:
         table = draw_views(
             config, group, HU, shape_zyx, spacing_mm=(1, 1, 1), rng=generator(*shape_zyx)
         )
-        assert torch.isfinite(render(hu_ZYX, table, (3, 7, 5), HU)).all()
+        assert torch.isfinite(render(hu_ZYX, table, group, HU)).all()
 
 
 @pytest.mark.gpu
 def test_rendering_on_a_gpu_matches_the_cpu() -> None:
-    config = ViewsConfig(gamma_prob=0.5, blur_prob=0.5, noise_prob=0.5)
+    config = ViewsConfig(gamma_prob=0.5, contrast_prob=0.5, noise_prob=0.5)
     group = ViewGroupConfig(
         num=8, size_zyx=(12, 96, 96), in_plane_scale=(0.1, 1), depth_scale=(0.3, 1)
     )
     table = draw_views(config, group, HU, (30, 200, 210), spacing_mm=(2, 1, 1), rng=generator(0))
     hu_ZYX = random_hu((30, 200, 210))
-    views = render(hu_ZYX.cuda(), table, (12, 96, 96), HU)
-    expected = render(hu_ZYX, table, (12, 96, 96), HU)
+    views = render(hu_ZYX.cuda(), table, group, HU)
+    expected = render(hu_ZYX, table, group, HU)
     torch.testing.assert_close(views.cpu(), expected, atol=ATOL, rtol=0)

@@ -11,7 +11,14 @@ from tapct_fast.data.views import ViewTable, draw_views
 NUM = 20_000
 SHAPE = (40, 320, 320)
 HU = HuConfig()
-CONFIG = ViewsConfig(flip_prob_zyx=(0.1, 0.3, 0.5), window_prob=0.6, noise_std=(0.02, 0.1))
+CONFIG = ViewsConfig(
+    flip_prob_zyx=(0.1, 0.3, 0.5),
+    quarter_turn_prob=0.3,
+    window_prob=0.6,
+    contrast_prob=0.4,
+    thick_slice_prob=0.2,
+    noise_std=(0.02, 0.1),
+)
 GROUP = ViewGroupConfig(
     num=NUM, size_zyx=(12, 96, 96), in_plane_scale=(0.05, 0.32), depth_scale=(0.2, 0.5)
 )
@@ -129,10 +136,44 @@ def test_gamma_blur_and_noise_follow_their_laws(table: ViewTable) -> None:
     changed_V = table.gamma_V != 1
     assert_share(changed_V, 0.25)
     assert_uniform(np.log(table.gamma_V[changed_V]), np.log(0.8), np.log(1.25))
-    assert_share(table.sigma_V > 0, 0.25)
-    assert_uniform(table.sigma_V[table.sigma_V > 0], 0.3, 1.0)
+    sigma_V = table.sigma_V3[:, 1]
+    assert (sigma_V == table.sigma_V3[:, 2]).all()
+    assert_share(sigma_V > 0, 0.25)
+    assert_uniform(sigma_V[sigma_V > 0], 0.3, 1.0)
     assert_share(table.noise_std_V > 0, 0.25)
     assert_uniform(table.noise_std_V[table.noise_std_V > 0], 0.02, 0.1)
+
+
+def test_contrast_is_uniform_and_turns_are_equally_likely(table: ViewTable) -> None:
+    changed_V = table.contrast_V != 1
+    assert_share(changed_V, 0.4)
+    assert_uniform(table.contrast_V[changed_V], 0.75, 1.25)
+    assert_share(table.turns_V > 0, 0.3)
+    for turns in (1, 2, 3):
+        assert_share(table.turns_V == turns, 0.1)
+    assert table.turns_V.max() == 3
+
+
+def test_thick_slices_are_uniform_in_width_and_add_to_the_blurs_variance(table: ViewTable) -> None:
+    thick_V = table.sigma_V3[:, 0].astype(np.float64)
+    only_V = (table.sigma_V3[:, 1] == 0) & (thick_V > 0)
+    assert_share(table.sigma_V3[:, 0] > table.sigma_V3[:, 1], 0.2)
+    assert_uniform(thick_V[only_V] * 2 * np.sqrt(2 * np.log(2)), 1.0, 3.0)
+    both_V = (table.sigma_V3[:, 1] > 0) & (table.sigma_V3[:, 0] > table.sigma_V3[:, 1])
+    sigma_V3 = table.sigma_V3[both_V].astype(np.float64)
+    width_V = np.sqrt(np.square(sigma_V3[:, 0]) - np.square(sigma_V3[:, 1]))
+    assert_uniform(width_V * 2 * np.sqrt(2 * np.log(2)), 1.0, 3.0)
+
+
+@pytest.mark.parametrize(("as_released", "expected"), [(False, (1.0, 0.1)), (True, (0.0, 0.9))])
+def test_dinov2s_blur_can_be_as_meant_or_as_released(
+    as_released: bool, expected: tuple[float, float]
+) -> None:
+    group = dataclasses.replace(GROUP, blur_prob=(1.0, 0.1))
+    config = dataclasses.replace(CONFIG, blur_as_released=as_released)
+    blurred_V = draw(group, config=config).sigma_V3[:, 1] > 0
+    assert blurred_V[0] == (expected[0] == 1)
+    assert_share(blurred_V[1:], expected[1])
 
 
 def test_columns_are_independent_and_noise_keys_unique(table: ViewTable) -> None:
@@ -143,7 +184,10 @@ def test_columns_are_independent_and_noise_keys_unique(table: ViewTable) -> None
         table.lo_V3[:, 0] > table.hi_V3[:, 0],
         table.window_V2[:, 0],
         table.gamma_V,
-        table.sigma_V,
+        table.contrast_V,
+        table.turns_V,
+        table.sigma_V3[:, 1],
+        table.sigma_V3[:, 0] > table.sigma_V3[:, 1],
         table.noise_std_V,
         table.noise_key_V.astype(np.float64),
     ]
@@ -155,27 +199,42 @@ def test_columns_are_independent_and_noise_keys_unique(table: ViewTable) -> None
 
 def test_probability_zero_and_one_are_exact() -> None:
     off = ViewsConfig(
-        flip_prob_zyx=(0, 0, 0), window_prob=0, gamma_prob=0, blur_prob=0, noise_prob=0
+        flip_prob_zyx=(0, 0, 0),
+        window_prob=0,
+        gamma_prob=0,
+        contrast_prob=0,
+        thick_slice_prob=0,
+        noise_prob=0,
     )
-    plain = draw(GROUP, config=off)
+    plain = draw(dataclasses.replace(GROUP, blur_prob=(0, 0)), config=off)
     assert (plain.lo_V3 < plain.hi_V3).all()
     assert (plain.window_V2 == HU.clip).all()
     assert (plain.gamma_V == 1).all()
-    assert not plain.sigma_V.any()
+    assert (plain.contrast_V == 1).all()
+    assert not plain.turns_V.any()
+    assert not plain.sigma_V3.any()
     assert not plain.noise_std_V.any()
     on = ViewsConfig(
-        flip_prob_zyx=(1, 1, 1), window_prob=1, gamma_prob=1, blur_prob=1, noise_prob=1
+        flip_prob_zyx=(1, 1, 1),
+        quarter_turn_prob=1,
+        window_prob=1,
+        gamma_prob=1,
+        contrast_prob=1,
+        thick_slice_prob=1,
+        noise_prob=1,
     )
-    full = draw(GROUP, config=on)
+    full = draw(dataclasses.replace(GROUP, blur_prob=(1, 1)), config=on)
     assert (full.lo_V3 > full.hi_V3).all()
     assert (full.window_V2 != HU.clip).any(1).all()
-    assert (full.sigma_V > 0).all()
+    assert (full.turns_V > 0).all()
+    assert (full.sigma_V3 > 0).all()
+    assert (full.sigma_V3[:, 0] > full.sigma_V3[:, 1]).all()
 
 
 def test_a_switched_off_change_leaves_the_other_columns_as_they_are(table: ViewTable) -> None:
     other = draw(GROUP, config=dataclasses.replace(CONFIG, gamma_prob=0.0, flip_prob_zyx=(0, 0, 0)))
     np.testing.assert_array_equal(np.minimum(table.lo_V3, table.hi_V3), other.lo_V3)
-    for name in ("window_V2", "sigma_V", "noise_std_V", "noise_key_V"):
+    for name in ("window_V2", "contrast_V", "sigma_V3", "noise_std_V", "noise_key_V"):
         np.testing.assert_array_equal(getattr(table, name), getattr(other, name))
 
 
