@@ -49,6 +49,7 @@ class CropConfig:
     """The box read from the store for one training sample; views are drawn inside it."""
 
     extent_mm_zyx: tuple[float, float, float] = (60.0, 360.0, 360.0)
+    center_in_body: bool = True  # the box's centre lies inside the patient's bounding box
     # Boxes start only where blocks of the store do: faster to read, but no longer uniform.
     snap_to_blocks: bool = False
 

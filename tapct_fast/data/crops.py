@@ -22,14 +22,16 @@ class Crop(NamedTuple):
 
 
 def crop_at(cases: Sequence[CaseRecord], config: CropConfig, *, seed: int, index: int) -> Crop:
-    """Return the box of global sample ``index``; boxes are uniform over positions inside the scan.
+    """Return the box of global sample ``index``.
 
+    Boxes are uniform over the positions inside the scan at which, with ``config.center_in_body``,
+    their centre lies in the patient's bounding box, or over the nearest position to these.
     With ``config.snap_to_blocks`` they start on the store's grid of blocks (4, 64, 64) instead, at
     the point nearest to the place that was drawn: fewer distinct boxes, the scan's last voxels in
     fewer of them, and about 1.7 times the boxes a second.
 
     Args:
-        cases: Cases of the store, not empty; only shapes and spacings are read.
+        cases: Cases of the store, not empty; only shapes, spacings and bodies are read.
         config: Extent of the box in mm.
         seed: Seed of the run.
         index: Global sample index, counted over all steps of the run.
@@ -43,8 +45,16 @@ def crop_at(cases: Sequence[CaseRecord], config: CropConfig, *, seed: int, index
             config.extent_mm_zyx, record.spacing_mm, record.shape_zyx, strict=True
         )
     )
-    room = [size - box + 1 for size, box in zip(record.shape_zyx, (z, y, x), strict=True)]
-    lo_z, lo_y, lo_x = map(int, generator(seed, Stream.BOX, index).integers(room))
+    first, end = (
+        [0, 0, 0],
+        [s - box + 1 for s, box in zip(record.shape_zyx, (z, y, x), strict=True)],
+    )
+    if config.center_in_body:
+        for axis, box in enumerate((z, y, x)):
+            low, high = (int(body[axis]) - box // 2 for body in record.body_zyx)
+            first[axis] = min(max(low, 0), end[axis] - 1)
+            end[axis] = max(min(high, end[axis]), first[axis] + 1)
+    lo_z, lo_y, lo_x = map(int, generator(seed, Stream.BOX, index).integers(first, end))
     lo_zyx = (lo_z, lo_y, lo_x)
     if config.snap_to_blocks:
         lo_zyx = snap_to_blocks(lo_zyx, (z, y, x), record.shape_zyx)

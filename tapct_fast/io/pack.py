@@ -15,6 +15,7 @@ from tqdm import tqdm
 from tapct_fast import _native
 from tapct_fast.errors import FormatError, InputError, Policy, StoreError
 from tapct_fast.io.atomic import atomic_file, read_json
+from tapct_fast.io.body import body_box
 from tapct_fast.io.case_id import case_id, ensure_key, read_key
 from tapct_fast.io.quarantine import Refusal, read_or_refuse, write_quarantine
 from tapct_fast.io.read import find_scans
@@ -213,6 +214,7 @@ def _write_case(job: _Job, case: str, volume: Volume, digest: bytes, stamp: Sour
         file=file,
         shape_zyx=(z, y, x),
         spacing_mm=volume.spacing_mm,
+        body_zyx=body_box(hu_ZYX),
         affine=affine,
         crc32s=np.array(crc32s, dtype=">u4").tobytes(),
         source_sha256=digest.hex(),

@@ -10,7 +10,7 @@ from tapct_fast.errors import FormatError, StoreError
 from tapct_fast.io.atomic import read_json, write_json
 
 STORE_FORMAT = "tapct-store"
-STORE_VERSION = 2
+STORE_VERSION = 3
 
 Zyx = tuple[int, int, int]
 Codec = Literal["lz4hc", "zstd"]
@@ -24,6 +24,7 @@ class CaseRecord(NamedTuple):
         file: Path of the voxels inside the store folder.
         shape_zyx: Voxels.
         spacing_mm: z, y, x.
+        body_zyx: First voxel and end of the box that holds the patient; see ``io.body``.
         affine: 16 numbers, rows first; voxel (x, y, z, 1) to RAS+ mm.
         crc32s: Big endian, 4 bytes each: one per compressed chunk and one over the rest of the
             file; hexadecimal in the JSON files.
@@ -35,6 +36,7 @@ class CaseRecord(NamedTuple):
     file: str
     shape_zyx: Zyx
     spacing_mm: tuple[float, float, float]
+    body_zyx: tuple[Zyx, Zyx]
     affine: tuple[float, ...]
     crc32s: bytes
     source_sha256: str = ""
@@ -53,6 +55,7 @@ def record_of(raw: dict[str, Any]) -> CaseRecord:
     """
     z, y, x = raw["shape_zyx"]
     sz, sy, sx = raw["spacing_mm"]
+    (lz, ly, lx), (hz, hy, hx) = raw["body_zyx"]
     case, file = raw["case"], raw["file"]
     if file != f"cases/{case}.b2nd" or "/" in case:
         raise StoreError("a case record points outside its store; pack it again")
@@ -61,6 +64,7 @@ def record_of(raw: dict[str, Any]) -> CaseRecord:
         file,
         (z, y, x),
         (sz, sy, sx),
+        ((lz, ly, lx), (hz, hy, hx)),
         tuple(raw["affine"]),
         bytes.fromhex(raw["crc32s"]),
         raw["source_sha256"],

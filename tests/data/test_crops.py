@@ -6,11 +6,16 @@ from tapct_fast.config import CropConfig
 from tapct_fast.data.crops import Crop, crop_at
 from tapct_fast.io.store_index import CaseRecord
 
-CONFIG = CropConfig(extent_mm_zyx=(60.0, 200.0, 180.0))
+CONFIG = CropConfig(extent_mm_zyx=(60.0, 200.0, 180.0), center_in_body=False)
 
 
-def case(shape_zyx: tuple[int, int, int], spacing_mm: tuple[float, float, float]) -> CaseRecord:
-    return CaseRecord("case-0", "cases/case-0.b2nd", shape_zyx, spacing_mm, (0.0,) * 16, b"")
+def case(
+    shape_zyx: tuple[int, int, int],
+    spacing_mm: tuple[float, float, float],
+    body_zyx: tuple[tuple[int, int, int], tuple[int, int, int]] | None = None,
+) -> CaseRecord:
+    body = body_zyx or ((0, 0, 0), shape_zyx)
+    return CaseRecord("case-0", "cases/case-0.b2nd", shape_zyx, spacing_mm, body, (0.0,) * 16, b"")
 
 
 CASES = [
@@ -56,7 +61,7 @@ def test_boxes_lie_inside_the_scan_and_reach_both_ends() -> None:
 
 def test_every_position_is_equally_likely() -> None:
     cases = [case((10, 10, 10), (1.0, 1.0, 1.0))]
-    config = CropConfig(extent_mm_zyx=(3.0, 10.0, 1.0))
+    config = CropConfig(extent_mm_zyx=(3.0, 10.0, 1.0), center_in_body=False)
     crops = [crop_at(cases, config, seed=0, index=index) for index in range(8000)]
     for axis, positions in enumerate([8, 1, 10]):
         counts = np.array(list(Counter(crop.lo_zyx[axis] for crop in crops).values()))
@@ -74,3 +79,25 @@ def test_a_crop_is_a_function_of_seed_and_index_alone() -> None:
         Crop(2, (0, 7, 0), (1, 50, 700)),
         Crop(3, (2, 6, 8), (1, 1, 1)),
     ]
+
+
+def test_boxes_are_centred_in_the_body_and_reach_both_of_its_ends() -> None:
+    body = (20, 90, 0), (60, 310, 380)
+    cases = [case((100, 400, 380), (1.5, 0.8, 0.75), body)]
+    config = CropConfig(extent_mm_zyx=(60.0, 200.0, 180.0))
+    crops = [crop_at(cases, config, seed=0, index=index) for index in range(4000)]
+    lo = np.array([crop.lo_zyx for crop in crops])
+    assert crops[0].shape_zyx == (40, 250, 240)
+    # Centre in the body, as far as the box stays inside the scan: 20 - 20 .. 59 - 20 and so on.
+    assert lo.min(0).tolist() == [0, 0, 0]
+    assert lo.max(0).tolist() == [39, 150, 140]
+    counts = Counter(lo[:, 0].tolist())
+    assert set(counts) == set(range(40))
+    assert max(counts.values()) < 100 + 5 * 10  # uniform: 100 each
+
+
+def test_a_body_at_the_edge_gives_the_nearest_box_inside_the_scan() -> None:
+    cases = [case((100, 400, 380), (1.5, 0.8, 0.75), ((96, 0, 0), (100, 10, 4)))]
+    config = CropConfig(extent_mm_zyx=(60.0, 200.0, 180.0))
+    for index in range(20):
+        assert crop_at(cases, config, seed=0, index=index).lo_zyx == (60, 0, 0)

@@ -174,7 +174,7 @@ def test_a_store_of_another_version_or_codec_is_refused(store_copy: Path, source
         pack([sources], store_copy, codec="zstd")
     index = json.loads((store_copy / "index.json").read_text())
     (store_copy / "index.json").write_text(json.dumps(index | {"version": 1}))
-    message = "written by store version 1; this tapct_fast reads 2: pack again"
+    message = "written by store version 1; this tapct_fast reads 3: pack again"
     with pytest.raises(StoreError, match=message):
         Store.open(store_copy)
     with pytest.raises(StoreError, match=message):
