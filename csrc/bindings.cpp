@@ -23,6 +23,7 @@
 #include "tapct/inflate.hpp"
 #include "tapct/nifti.hpp"
 #include "tapct/pixels.hpp"
+#include "tapct/views.hpp"
 #include "tapct/voxels.hpp"
 
 namespace py = pybind11;
@@ -329,6 +330,74 @@ void define_hu_to_pixels(py::module_& m) {
         py::arg("num_threads"));
 }
 
+using Params = py::array_t<float, py::array::c_style>;
+
+// View (v, b) of the arrays shows box b; a row of params is lo, hi, window, gamma, contrast, sigma,
+// noise_std.
+std::vector<tapct::ViewJob> view_jobs(const std::vector<std::array<std::size_t, 3>>& shapes,
+                                      const std::vector<const std::int16_t*>& hu,
+                                      const Params& params_VBP,
+                                      const py::array_t<std::uint64_t, py::array::c_style>& keys_VB,
+                                      const Bytes& turns_VB, char* out, std::size_t view_bytes) {
+  constexpr std::size_t num_params = 14;
+  const auto shape = shape_of<3>(params_VBP, "render_views: params_VBP must have three axes");
+  const std::array<std::size_t, 2> views{shape[0], shape[1]};
+  if (shape[2] != num_params || hu.size() != shape[1] ||
+      shape_of<2>(keys_VB, "render_views: keys_VB must have two axes") != views ||
+      shape_of<2>(turns_VB, "render_views: turns_VB must have two axes") != views) {
+    throw std::invalid_argument("render_views: boxes, params, keys and turns do not agree");
+  }
+  std::vector<tapct::ViewJob> jobs;
+  for (std::size_t i = 0; i < shape[0] * shape[1]; ++i) {
+    const float* p = params_VBP.data() + i * num_params;
+    const tapct::View view{{p[0], p[1], p[2]},
+                           {p[3], p[4], p[5]},
+                           {p[6], p[7]},
+                           p[8],
+                           p[9],
+                           {p[10], p[11], p[12]},
+                           p[13],
+                           keys_VB.data()[i],
+                           turns_VB.data()[i]};
+    jobs.push_back({hu[i % shape[1]], shapes[i % shape[1]], view, out + i * view_bytes});
+  }
+  return jobs;
+}
+
+template <typename Pixel>
+void render_views(const std::vector<Volume>& boxes, const Params& params_VBP,
+                  const py::array_t<std::uint64_t, py::array::c_style>& keys_VB,
+                  const Bytes& turns_VB, py::array_t<Pixel, py::array::c_style>& out_VBZYX,
+                  bool antialias, const std::array<float, 2>& clip, float mean, float std,
+                  std::size_t num_threads) {
+  std::vector<std::array<std::size_t, 3>> shapes;
+  std::vector<const std::int16_t*> hu;
+  for (const Volume& box : boxes) {
+    shapes.push_back(shape_of<3>(box, "render_views: a box must have three axes"));
+    hu.push_back(box.data());
+  }
+  const auto [num_views, num_boxes, z, y, x] =
+      shape_of<5>(out_VBZYX, "render_views: out_VBZYX must have five axes");
+  if (num_views != static_cast<std::size_t>(keys_VB.shape(0)) || num_boxes != boxes.size()) {
+    throw std::invalid_argument("render_views: out_VBZYX does not have the views and boxes given");
+  }
+  const auto jobs =
+      view_jobs(shapes, hu, params_VBP, keys_VB, turns_VB,
+                reinterpret_cast<char*>(out_VBZYX.mutable_data()), z * y * x * sizeof(Pixel));
+  const tapct::ViewOptions options{
+      {z, y, x}, antialias, {clip[0], clip[1], mean, std}, num_threads};
+  const py::gil_scoped_release release;
+  tapct::render_views<Pixel>(jobs, options);
+}
+
+template <typename Pixel>
+void define_render_views(py::module_& m) {
+  m.def("render_views", &render_views<Pixel>, py::arg("boxes").noconvert(),
+        py::arg("params_VBP").noconvert(), py::arg("keys_VB").noconvert(),
+        py::arg("turns_VB").noconvert(), py::arg("out_VBZYX").noconvert(), py::arg("antialias"),
+        py::arg("clip"), py::arg("mean"), py::arg("std"), py::arg("num_threads"));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -405,6 +474,8 @@ PYBIND11_MODULE(_native, m) {
         py::arg("threads"));
   define_hu_to_pixels<float>(m);
   define_hu_to_pixels<std::uint16_t>(m);  // the bits of bfloat16
+  define_render_views<float>(m);
+  define_render_views<std::uint16_t>(m);
   py::class_<Reader>(m, "BoxReader", py::metaclass(reinterpret_cast<PyObject*>(&PyType_Type)))
       .def(py::init(&make_reader), py::arg("names"), py::arg("paths"), py::arg("crc32s"),
            py::arg("use_mmap"), py::arg("max_open"))

@@ -94,6 +94,18 @@ def write_gzip(
     threads: int,
 ) -> None: ...
 def flip(data_ZYX: npt.NDArray[np.int16], axes_zyx: Sequence[bool]) -> None: ...
+def render_views(
+    boxes: Sequence[npt.NDArray[np.int16]],
+    params_VBP: npt.NDArray[np.float32],
+    keys_VB: npt.NDArray[np.uint64],
+    turns_VB: npt.NDArray[np.uint8],
+    out_VBZYX: npt.NDArray[np.float32] | npt.NDArray[np.uint16],
+    antialias: bool,
+    clip: Sequence[float],
+    mean: float,
+    std: float,
+    num_threads: int,
+) -> None: ...
 def hu_stats(hu: npt.NDArray[np.int16], low: int, high: int) -> tuple[int, int, int]: ...
 def write_b2nd(
     path: str | bytes,
