@@ -133,13 +133,6 @@ TAPCT_CLONES void add_row(const float* in, float weight, float* out, std::size_t
   }
 }
 
-TAPCT_CLONES void add_rows(const float* in, const float* in2, float weight, float weight2,
-                           float* out, std::size_t size) {
-  for (std::size_t i = 0; i < size; ++i) {
-    out[i] += weight * in[i] + weight2 * in2[i];
-  }
-}
-
 // Taps beyond an output's own have weight 0 and read what follows in `row`, which is padded.
 TAPCT_CLONES void gather_row(const float* row, const std::int32_t* first, const float* weights_TO,
                              std::size_t taps, float* out, std::size_t size) {
@@ -197,11 +190,27 @@ TAPCT_FINISH_ROW(float)
 TAPCT_FINISH_ROW(std::uint16_t)
 #undef TAPCT_FINISH_ROW
 
-// Taps of one blur axis, mirrored without repeating the edge voxel as often as the radius asks for.
-ViewAxis make_blur_axis(float sigma, std::size_t size) {
+// Voxel of an axis that stands at `place`: mirrored without repeating the edge voxel, as often as
+// it takes (reflect 101).
+std::size_t mirrored(std::int64_t place, std::int64_t size) {
+  const std::int64_t period = std::max<std::int64_t>(2 * (size - 1), 1);
+  const std::int64_t folded = ((place + size - 1) % period + period) % period - (size - 1);
+  return static_cast<std::size_t>(folded < 0 ? -folded : folded);
+}
+
+// A Gaussian and the voxels under it: output i is the sum over t of weights[t] * input[from[i +
+// t]].
+struct Blur {
+  std::vector<float> weights;  // empty: none
+  std::vector<std::size_t> from;
+};
+
+Blur make_blur(float sigma, std::size_t size) {
+  Blur blur;
+  if (!(sigma > 0)) {
+    return blur;
+  }
   const auto radius = static_cast<std::int64_t>(std::ceil(3.0 * static_cast<double>(sigma)));
-  const auto count = static_cast<std::int64_t>(size);
-  const std::int64_t period = std::max<std::int64_t>(2 * (count - 1), 1);
   std::vector<double> kernel;
   double sum = 0;
   for (std::int64_t t = -radius; t <= radius; ++t) {
@@ -209,29 +218,14 @@ ViewAxis make_blur_axis(float sigma, std::size_t size) {
     kernel.push_back(std::exp(-0.5 * place * place));
     sum += kernel.back();
   }
-  ViewAxis axis;
-  axis.max_taps = static_cast<std::size_t>(std::min(count, 2 * radius + 1));
-  axis.end = size;
-  std::vector<double> folded(size);
-  for (std::int64_t i = 0; i < count; ++i) {
-    std::fill(folded.begin(), folded.end(), 0.0);
-    std::int64_t low = count, high = 0;
-    for (std::int64_t t = -radius; t <= radius; ++t) {
-      const std::int64_t place = ((i + t + count - 1) % period + period) % period - (count - 1);
-      const std::int64_t input = place < 0 ? -place : place;
-      folded[static_cast<std::size_t>(input)] += kernel[static_cast<std::size_t>(t + radius)] / sum;
-      low = std::min(low, input);
-      high = std::max(high, input);
-    }
-    axis.first.push_back(static_cast<std::int32_t>(low));
-    axis.num_taps.push_back(static_cast<std::int32_t>(high + 1 - low));
-    for (std::size_t t = 0; t < axis.max_taps; ++t) {
-      const std::size_t input = static_cast<std::size_t>(low) + t;
-      axis.weights.push_back(
-          input <= static_cast<std::size_t>(high) ? static_cast<float>(folded[input]) : 0.0F);
-    }
+  for (const double weight : kernel) {
+    blur.weights.push_back(static_cast<float>(weight / sum));
   }
-  return axis;
+  const auto count = static_cast<std::int64_t>(size);
+  for (std::int64_t place = -radius; place < count + radius; ++place) {
+    blur.from.push_back(mirrored(place, count));
+  }
+  return blur;
 }
 
 // What one thread uses again for every view.
@@ -249,14 +243,18 @@ float* sized(std::vector<float>& buffer, std::size_t size) {
 void blend(const ViewAxis& axis, std::size_t i, const float* base, std::size_t stride, float* out,
            std::size_t size) {
   const float* weights = axis.weights.data() + i * axis.max_taps;
-  const auto taps = static_cast<std::size_t>(axis.num_taps[i]);
   set_row(base, weights[0], out, size);
-  std::size_t t = 1;
-  for (; t + 1 < taps; t += 2) {
-    add_rows(base + t * stride, base + (t + 1) * stride, weights[t], weights[t + 1], out, size);
-  }
-  if (t < taps) {
+  for (std::size_t t = 1; t < static_cast<std::size_t>(axis.num_taps[i]); ++t) {
     add_row(base + t * stride, weights[t], out, size);
+  }
+}
+
+// Output i of a blurred axis whose voxels are rows of `size` numbers.
+void blur_rows(const Blur& blur, std::size_t i, const float* base, float* out, std::size_t size) {
+  const std::size_t* from = blur.from.data() + i;
+  set_row(base + from[0] * size, blur.weights[0], out, size);
+  for (std::size_t t = 1; t < blur.weights.size(); ++t) {
+    add_row(base + from[t] * size, blur.weights[t], out, size);
   }
 }
 
@@ -302,22 +300,13 @@ class Renderer {
                                static_cast<double>(clip.std));
     offset_ = static_cast<float>((static_cast<double>(clip.low) - static_cast<double>(clip.mean)) /
                                  static_cast<double>(clip.std));
-    std::size_t longest_row = axes_[2].end - axes_[2].begin + axes_[2].max_taps;
-    for (const float sigma : job.view.sigma) {
-      is_blurred_ = is_blurred_ || sigma > 0;
+    for (std::size_t axis = 0; axis < 3; ++axis) {
+      blurs_[axis] = make_blur(job.view.sigma[axis], options.size_zyx[axis]);
+      is_blurred_ = is_blurred_ || !blurs_[axis].weights.empty();
     }
-    if (job.view.sigma[2] > 0) {
-      blur_x_ = make_blur_axis(job.view.sigma[2], x);
-      longest_row = std::max(longest_row, x + blur_x_.max_taps);
-    }
-    if (job.view.sigma[1] > 0) {
-      blur_y_ = make_blur_axis(job.view.sigma[1], y);
-    }
-    if (job.view.sigma[0] > 0) {
-      blur_z_ = make_blur_axis(job.view.sigma[0], z);
-    }
-    // Zeroed: a tap of weight 0 beyond the row hides any number but NaN.
-    sized(scratch.row, longest_row);
+    // Beyond its end lie voxels that taps of weight 0 read: any numbers but NaN.
+    sized(scratch.row,
+          std::max(axes_[2].end - axes_[2].begin + axes_[2].max_taps, blurs_[2].from.size()));
   }
 
   template <typename Pixel>
@@ -388,33 +377,32 @@ class Renderer {
   template <typename Pixel>
   void blur(const float* view) {
     const auto& [depth, rows, columns] = options_.size_zyx;
-    float* across = sized(scratch_.plane, 2 * num_plane_);
-    float* down = across + num_plane_;
-    if (!blur_x_.first.empty()) {
-      by_tap(blur_x_, scratch_.taps_TO);
-    }
+    const auto& [across, down, along] = blurs_;
+    float* first = sized(scratch_.plane, 2 * num_plane_);
+    float* second = first + num_plane_;
     for (std::size_t z = 0; z < depth; ++z) {
       const float* plane = view + z * num_plane_;
-      if (!blur_z_.first.empty()) {
-        blend(blur_z_, z, view + static_cast<std::size_t>(blur_z_.first[z]) * num_plane_,
-              num_plane_, across, num_plane_);
-        plane = across;
+      if (!across.weights.empty()) {
+        blur_rows(across, z, view, first, num_plane_);
+        plane = first;
       }
-      if (!blur_y_.first.empty()) {
+      if (!down.weights.empty()) {
         for (std::size_t y = 0; y < rows; ++y) {
-          blend(blur_y_, y, plane + static_cast<std::size_t>(blur_y_.first[y]) * columns, columns,
-                down + y * columns, columns);
+          blur_rows(down, y, plane, second + y * columns, columns);
         }
-        plane = down;
+        plane = second;
       }
-      if (!blur_x_.first.empty()) {
+      if (!along.weights.empty()) {
         float* row = scratch_.row.data();
         float* out = sized(scratch_.turned, num_plane_);
         for (std::size_t y = 0; y < rows; ++y) {
-          std::copy(plane + y * columns, plane + (y + 1) * columns, row);
-          std::fill(row + columns, row + columns + blur_x_.max_taps, 0.0F);
-          gather_row(row, blur_x_.first.data(), scratch_.taps_TO.data(), blur_x_.max_taps,
-                     out + y * columns, columns);
+          for (std::size_t x = 0; x < along.from.size(); ++x) {
+            row[x] = plane[y * columns + along.from[x]];
+          }
+          set_row(row, along.weights[0], out + y * columns, columns);
+          for (std::size_t t = 1; t < along.weights.size(); ++t) {
+            add_row(row + t, along.weights[t], out + y * columns, columns);
+          }
         }
         plane = out;
       }
@@ -439,7 +427,7 @@ class Renderer {
   Scratch& scratch_;
   std::array<ViewAxis, 3> axes_;
   std::vector<std::int32_t> first_x_;  // in the part of a row that is read
-  ViewAxis blur_z_, blur_y_, blur_x_;
+  std::array<Blur, 3> blurs_;
   std::size_t num_plane_ = 0;
   float gain_ = 0, offset_ = 0;
   bool is_blurred_ = false;
