@@ -48,6 +48,8 @@ void translate(std::exception_ptr pointer) {
     set_error("FormatError", py::make_tuple(error.field(), error.what(), error.code()));
   } catch (const tapct::InputError& error) {
     set_error("InputError", py::make_tuple(error.what()));
+  } catch (const tapct::StoreReadError& error) {
+    set_error("StoreReadError", py::make_tuple(error.what()));
   } catch (const tapct::StoreError& error) {
     set_error("StoreError", py::make_tuple(error.what()));
   } catch (const tapct::DeviceError& error) {

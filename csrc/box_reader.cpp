@@ -388,6 +388,14 @@ struct BoxReader::Impl {
     return file;
   }
 
+  void forget(std::size_t index) {
+    const std::scoped_lock lock(mutex);
+    if (const auto found = places.find(index); found != places.end()) {
+      open.erase(found->second);
+      places.erase(found);
+    }
+  }
+
   std::unique_ptr<Decoder> take_decoder() {
     {
       const std::scoped_lock lock(mutex);
@@ -414,7 +422,9 @@ struct BoxReader::Impl {
     } catch (const StoreError& error) {
       throw StoreError(name + ": " + error.what() + way_out);
     } catch (const std::system_error& error) {
-      throw StoreError(name + ": " + error.code().message() + way_out);
+      forget(index);  // who tries again opens the file anew: a handle of a remounted disk stays stale
+      throw StoreReadError(name + ": " + error.code().message() +
+                           "; check the disk, or" + way_out.substr(1));
     }
   }
 };

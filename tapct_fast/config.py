@@ -297,6 +297,8 @@ class TrainConfig:
     checkpoint_every: int = 1000  # steps
     keep_checkpoints: int = 3
     log_every: int = 10  # steps
+    num_workers: int = 0  # threads that read and render; 0: half the cores, at most 8
+    read_timeout: float = 60.0  # seconds after which a read counts as hung
 
     def __post_init__(self) -> None:
         _require(self.num_steps >= 1, f"train.num_steps={self.num_steps} is not positive")
@@ -308,6 +310,10 @@ class TrainConfig:
         _require(
             self.checkpoint_every >= 1 and self.log_every >= 1,
             "train.checkpoint_every and train.log_every must be positive",
+        )
+        _require(
+            self.num_workers >= 0 and self.read_timeout > 0,
+            "train.num_workers must not be negative, and train.read_timeout must be positive",
         )
         _require(
             self.keep_checkpoints >= 2,

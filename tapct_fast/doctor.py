@@ -85,6 +85,7 @@ def _devices() -> list[Finding]:
             Finding("fused ops", "Triton kernels (inputs are on CUDA)"),
             _launches(),
             *_attention("cuda"),
+            _renderer("cuda"),
         ]
     why = "torch is a CPU build" if torch.version.cuda is None else "no CUDA device is visible"
     return [
@@ -92,7 +93,25 @@ def _devices() -> list[Finding]:
         Finding("precision", "fp32 (auto: CPU runs are kept exact)"),
         Finding("fused ops", "eager definitions (Triton kernels need CUDA)"),
         *_attention("cpu"),
+        _renderer("cpu"),
     ]
+
+
+def _renderer(device_type: str) -> Finding:
+    """Say what renders the views of a run by default, and which other renderers could."""
+    try:
+        from tapct_fast.data.render import RENDERERS, choose_renderer, obstacle_to
+    except ImportError as error:  # the native core is missing
+        return Finding("views", f"missing ({error})", "pip install -e . (needs a C++20 compiler)")
+    chosen = choose_renderer("auto", device_type)
+    obstacles = {name: obstacle_to(name, device_type) for name in RENDERERS if name != chosen}
+    others = [name for name, obstacle in obstacles.items() if not obstacle]
+    remedies = [f"{name}: {obstacle}" for name, obstacle in obstacles.items() if obstacle]
+    return Finding(
+        "views",
+        f"{chosen} (auto; --views.renderer {' or '.join(others)} would run too)",
+        f"optional: {'; '.join(remedies)}" if remedies else "",
+    )
 
 
 def _launches() -> Finding:

@@ -50,6 +50,10 @@ class StoreError(TapctError, ValueError):
     """A training store is damaged, incomplete or was written by another version."""
 
 
+class StoreReadError(StoreError):
+    """The system could not read a file of a training store; it may another time."""
+
+
 class CheckpointError(TapctError, ValueError):
     """A training checkpoint is damaged or does not fit the run that wants to resume from it."""
 

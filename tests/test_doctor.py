@@ -46,3 +46,11 @@ def test_doctor_names_the_table_of_launch_configurations(
     tuned = _launches()
     assert tuned.state == "tuned for this device (nvidia-x-triton-3.json)"
     assert not tuned.remedy
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the choice of a machine without a GPU")
+def test_doctor_names_the_renderer_of_the_views(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert state_of("views").startswith("native (auto; --views.renderer torch")
+    monkeypatch.setattr("tapct_fast.data.render.find_spec", lambda _: None)
+    finding = next(finding for finding in examine() if finding.name == "views")
+    assert "tapct-fast[dali]" in finding.remedy

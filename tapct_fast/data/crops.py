@@ -21,7 +21,9 @@ class Crop(NamedTuple):
     shape_zyx: Zyx
 
 
-def crop_at(cases: Sequence[CaseRecord], config: CropConfig, *, seed: int, index: int) -> Crop:
+def crop_at(
+    cases: Sequence[CaseRecord], config: CropConfig, *, seed: int, index: int, skip: int = 0
+) -> Crop:
     """Return the box of global sample ``index``.
 
     Boxes are uniform over the positions inside the scan at which, with ``config.center_in_body``,
@@ -35,9 +37,11 @@ def crop_at(cases: Sequence[CaseRecord], config: CropConfig, *, seed: int, index
         config: Extent of the box in mm.
         seed: Seed of the run.
         index: Global sample index, counted over all steps of the run.
+        skip: Take the case this many places later in the epoch's order, round to its start.
     """
     epoch, position = divmod(index, len(cases))
-    case = int(generator(seed, Stream.CASE_ORDER, epoch).permutation(len(cases))[position])
+    order = generator(seed, Stream.CASE_ORDER, epoch).permutation(len(cases))
+    case = int(order[(position + skip) % len(cases)])
     record = cases[case]
     z, y, x = (
         min(max(round(extent / spacing), 1), size)

@@ -122,7 +122,7 @@ def _build(
     try:
         from nvidia.dali import fn, pipeline_def
     except ImportError:
-        raise InputError(_how_to_install()) from None
+        raise InputError(how_to_install()) from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError("the dali renderer finds no CUDA device; see tapct-fast doctor")
     place = "gpu" if device.type == "cuda" else "cpu"
@@ -177,7 +177,8 @@ def _group_graph(
     return math.clamp(unit, 0.0, 1.0) * gain + offset
 
 
-def _how_to_install() -> str:
+def how_to_install() -> str:
+    """Return the way out where DALI is missing."""
     cuda = torch.version.cuda
     if cuda is not None and cuda.startswith("12."):
         package = "pip install nvidia-dali-cuda120"

@@ -5,22 +5,24 @@ Global views are numbered view-major: n = v * B + b. A sample is the same whatev
 falls into; masks are drawn per micro-batch, because each must have as many masked tokens as any.
 """
 
+import os
 import time
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tapct_fast.config import Config
-from tapct_fast.data.crops import crop_at
 from tapct_fast.data.masks import mask_law
-from tapct_fast.data.reference import render
+from tapct_fast.data.render import choose_renderer, make_renderer
 from tapct_fast.data.rng import Stream, generator
-from tapct_fast.data.views import draw_views
-from tapct_fast.errors import StoreError
+from tapct_fast.data.samples import OnDamage, Sample, Samples
+from tapct_fast.data.workers import Workers
 from tapct_fast.io.store import Store
 from tapct_kernels import BlockMasks, block_masks
 
@@ -46,46 +48,65 @@ class ViewPipeline:
         store: Where the boxes come from.
         config: The run; its seed, batch size, crops, views and masks are used.
         device: Where the views are rendered and end up.
+        on_damage: Told of every case that turns out damaged, with the reason; see ``Samples``.
 
     Raises:
         StoreError: The store has no cases.
         ConfigError: A global view has too many tokens to be masked.
+        InputError: The renderer that was asked for cannot run here.
     """
 
-    def __init__(self, store: Store, config: Config, *, device: torch.device | str) -> None:
-        if not store.cases:
-            raise StoreError("the store has no cases: pack scans; see its quarantine.jsonl")
-        self._store = store
-        # By content: ids are random per store, yet the same scans and seed must give the same run.
-        self._order = sorted(range(len(store.cases)), key=lambda i: store.cases[i].crc32s)
-        self._cases = [store.cases[i] for i in self._order]
+    def __init__(
+        self,
+        store: Store,
+        config: Config,
+        *,
+        device: torch.device | str,
+        on_damage: OnDamage | None = None,
+    ) -> None:
+        self._samples = Samples(store, config, on_damage=on_damage)
         self._config = config
         self._device = torch.device(device)
         self._micro_size = config.train.batch_size // config.train.accumulate
+        self._num_workers = config.train.num_workers or min(
+            max(len(os.sched_getaffinity(0)) // 2, 1), 8
+        )
+        self.renderer = choose_renderer(config.views.renderer, self._device)
+        self._render = make_renderer(
+            self.renderer,
+            self._samples.groups,
+            config.hu,
+            self._device,
+            batch_size=self._micro_size,
+            threads=self._num_workers,
+        )
         group = config.views.global_views
         z, y, x = (s // p for s, p in zip(group.size_zyx, config.vit.patch_zyx, strict=True))
         self._mask_law = mask_law(
             config.masks, (z, y, x), group.num * self._micro_size, device=self._device
         )
+        # Of its own: copies and views of the next batch run beside the step of this one.
+        self._stream: torch.cuda.Stream | None = None
+        if self._device.type == "cuda":
+            self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+            # What is on the device already, the masks' law, is there before it is used.
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
 
     def batch_at(self, step: int, micro: int) -> ViewBatch:
         """Return micro-batch ``micro`` of ``step``: the same at any time and in any process."""
-        views, num = self._config.views, self._micro_size
-        global_VBZYX, local_VBZYX = (
-            torch.empty((group.num, num, *group.size_zyx), dtype=torch.float32, device=self._device)
-            for group in (views.global_views, views.local_views)
-        )
-        first = step * self._config.train.batch_size + micro * num
-        for b in range(num):
-            global_VBZYX[:, b], local_VBZYX[:, b] = self._sample(first + b)
-        masks = self._masks(step, micro)
-        return ViewBatch(global_VBZYX, local_VBZYX, *masks, num_samples=num)
+        first = step * self._config.train.batch_size + micro * self._micro_size
+        indices = range(first, first + self._micro_size)
+        return self._handed_over(self._batch(step, micro, list(map(self._samples.load, indices))))
 
     def stream(self, start_step: int) -> Generator[tuple[ViewBatch, float], None, None]:
         """Yield every micro-batch from ``start_step`` to the end of the run, prepared ahead.
 
         Yields:
             The batch and the seconds its consumer waited for it.
+
+        Raises:
+            StoreReadError: A case could not be read, however often it was tried.
+            StoreError: Too many cases are damaged.
         """
         train = self._config.train
         places = (
@@ -94,41 +115,54 @@ class ViewPipeline:
             for micro in range(train.accumulate)
         )
         pending: deque[Future[ViewBatch]] = deque()
+        readers = Workers(self._num_workers, timeout=train.read_timeout)
         # One torch thread in the worker (the setting is per thread): the others train, and a second
         # one only costs: 8 against 66 ms of CPU per debug sample on two busy cores.
         pool = ThreadPoolExecutor(1, "views", initializer=torch.set_num_threads, initargs=(1,))
+
+        def prepare(step: int, micro: int) -> ViewBatch:
+            first = step * train.batch_size + micro * self._micro_size
+            indices = range(first, first + self._micro_size)
+            return self._batch(step, micro, readers.map(self._samples.load, indices))
+
         try:
             for place in places:
-                pending.append(pool.submit(self.batch_at, *place))
+                pending.append(pool.submit(prepare, *place))
                 if len(pending) > _PREFETCH:
-                    yield _wait_for(pending.popleft())
+                    yield self._wait_for(pending.popleft())
             while pending:
-                yield _wait_for(pending.popleft())
+                yield self._wait_for(pending.popleft())
         finally:
+            readers.close()  # first: a read that hangs is not waited for
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def _sample(self, index: int) -> tuple[Tensor, Tensor]:
-        config, seed = self._config, self._config.train.seed
-        crop = crop_at(self._cases, config.crops, seed=seed, index=index)
-        box_ZYX = self._store.read_box(self._order[crop.case], crop.lo_zyx, crop.shape_zyx)
-        hu_ZYX = torch.from_numpy(box_ZYX).to(self._device)
-        global_VZYX, local_VZYX = (
-            render(
-                hu_ZYX,
-                draw_views(
-                    config.views,
-                    group,
-                    config.hu,
-                    crop.shape_zyx,
-                    spacing_mm=self._cases[crop.case].spacing_mm,
-                    rng=generator(seed, Stream.VIEWS, index, number),
-                ),
-                group,
-                config.hu,
-            )
-            for number, group in enumerate((config.views.global_views, config.views.local_views))
-        )
-        return global_VZYX, local_VZYX
+    def _batch(
+        self, step: int, micro: int, loaded: Sequence[tuple[Sample, NDArray[np.int16]]]
+    ) -> ViewBatch:
+        tables = [[sample.tables[g] for sample, _ in loaded] for g in range(2)]
+        with torch.cuda.stream(self._stream):  # None changes nothing
+            boxes = self._to_device([hu_ZYX for _, hu_ZYX in loaded])
+            views = [
+                torch.empty((group.num, len(boxes), *group.size_zyx), device=self._device)
+                for group in self._samples.groups
+            ]
+            self._render(boxes, tables, views)
+            masks = self._masks(step, micro)
+        return ViewBatch(views[0], views[1], *masks, num_samples=len(boxes))
+
+    def _to_device(self, boxes: Sequence[NDArray[np.int16]]) -> list[Tensor]:
+        if self._stream is None:
+            return [torch.from_numpy(hu_ZYX) for hu_ZYX in boxes]
+        # One copy of all; torch keeps pinned memory until the copy from it is done.
+        pinned_N = torch.empty(sum(b.size for b in boxes), dtype=torch.int16, pin_memory=True)
+        ends = np.cumsum([hu_ZYX.size for hu_ZYX in boxes])
+        for hu_ZYX, end in zip(boxes, ends, strict=True):
+            pinned_N[end - hu_ZYX.size : end].copy_(torch.from_numpy(hu_ZYX).flatten())
+        device_N = pinned_N.to(self._device, non_blocking=True)
+        return [
+            device_N[end - hu_ZYX.size : end].view(hu_ZYX.shape)
+            for hu_ZYX, end in zip(boxes, ends, strict=True)
+        ]
 
     def _masks(self, step: int, micro: int) -> BlockMasks:
         rng = generator(self._config.train.seed, Stream.MASKS, step, micro)
@@ -138,8 +172,17 @@ class ViewPipeline:
             self._mask_law, torch.full((), seed, dtype=torch.int64, device=self._device)
         )
 
+    def _wait_for(self, future: Future[ViewBatch]) -> tuple[ViewBatch, float]:
+        start = time.perf_counter()
+        batch = self._handed_over(future.result())
+        return batch, time.perf_counter() - start
 
-def _wait_for(future: Future[ViewBatch]) -> tuple[ViewBatch, float]:
-    start = time.perf_counter()
-    batch = future.result()
-    return batch, time.perf_counter() - start
+    def _handed_over(self, batch: ViewBatch) -> ViewBatch:
+        """Order the consumer's stream after ours; nothing waits on the host."""
+        if self._stream is not None:
+            current = torch.cuda.current_stream(self._device)
+            current.wait_stream(self._stream)
+            for tensor in batch[:-1]:
+                assert isinstance(tensor, Tensor)
+                tensor.record_stream(current)
+        return batch

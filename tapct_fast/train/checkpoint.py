@@ -34,6 +34,8 @@ from tapct_fast.ssl.method import DinoMethod
 FORMAT = "tapct-checkpoint"
 VERSION = 1
 _STATE = ("student", "teacher", "optimizer")
+# How fast a run is, never what it computes: a resume may change these.
+_FREE = {"train.num_workers", "train.read_timeout"}
 
 
 class DamagedError(CheckpointError):
@@ -243,7 +245,7 @@ def _check_same_run(
     old = _flat(read_json(folder / "config.json", "checkpoint config"))
     new = _flat(json.loads(to_json(run.config)))
     for name in [*new, *old]:
-        if old.get(name, "absent") != new.get(name, "absent"):
+        if name not in _FREE and old.get(name, "absent") != new.get(name, "absent"):
             raise CheckpointError(
                 f"the run to resume has {name} = {old.get(name, 'absent')}, now it is "
                 f"{new.get(name, 'absent')}; give the old setting, or another --out for a new run"

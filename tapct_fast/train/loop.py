@@ -19,6 +19,7 @@ from tapct_fast.data.pipeline import ViewBatch, ViewPipeline
 from tapct_fast.data.rng import Stream, generator
 from tapct_fast.errors import InputError, TrainError
 from tapct_fast.io.atomic import write_atomic
+from tapct_fast.io.quarantine import Refusal, write_quarantine
 from tapct_fast.io.store import Store
 from tapct_fast.ssl.method import DinoMethod
 from tapct_fast.ssl.param_groups import build_optimizer, param_groups
@@ -55,14 +56,17 @@ def train(
     Args:
         config: The run.
         store_dir: Folder written by ``pack``.
-        out_dir: Gets ``config.json``, ``metrics.jsonl``, ``checkpoints/`` and ``tensorboard/``.
+        out_dir: Gets ``config.json``, ``metrics.jsonl``, ``checkpoints/`` and ``tensorboard/``;
+            and ``quarantine.jsonl``, if cases turn out damaged.
         resume: ``auto`` continues a run in ``out_dir``; ``never`` refuses a folder that holds one.
         device: By default CUDA where there is one, else the CPU.
         progress: Show a progress line on stderr.
 
     Raises:
-        InputError: ``out_dir`` holds a run and ``resume`` is ``never``, or there is no such device.
-        StoreError: The store is missing, damaged or empty.
+        InputError: ``out_dir`` holds a run and ``resume`` is ``never``, there is no such device, or
+            the renderer that was asked for cannot run on it.
+        StoreReadError: A case could not be read, however often it was tried.
+        StoreError: The store is missing or empty, or too many of its cases are damaged.
         CheckpointError: The run in ``out_dir`` has other settings or another store, or is damaged.
         TrainError: A loss or gradient was not finite; the last checkpoint is intact.
     """
@@ -71,8 +75,13 @@ def train(
     if resume == "never" and has_run(out_dir):
         raise InputError("--out holds a run; --resume auto continues it, or give another --out")
     target, dtype = choose_backend(config, device)
-    pipeline = ViewPipeline(store, config, device=target)
-    run = _build(config, store.fingerprint, target, dtype)
+
+    def on_damage(case: str, reason: str) -> None:
+        write_quarantine(out_dir, [case], [Refusal(case, "store", reason, "integrity")])
+        notify(f"passed over and listed in quarantine.jsonl: {reason}")
+
+    pipeline = ViewPipeline(store, config, device=target, on_damage=on_damage)
+    run = _build(config, store.fingerprint, target, dtype, pipeline.renderer)
     step = load_latest(run, out_dir, notify=notify)
     if progress:
         where = f"resuming after step {step}" if step else "starting"
@@ -140,12 +149,15 @@ def init_method(config: Config) -> DinoMethod:
     return DinoMethod(config.vit, config.heads, config.losses, hu=config.hu, seed=seed)
 
 
-def _build(config: Config, fingerprint: str, device: torch.device, dtype: torch.dtype) -> Run:
+def _build(
+    config: Config, fingerprint: str, device: torch.device, dtype: torch.dtype, renderer: str
+) -> Run:
     method = init_method(config).to(device)
     groups = param_groups(method.student, depth=config.vit.depth, config=config.optim)
     optimizer = build_optimizer(groups, config.optim)
     attention = choose_attention(device.type, dtype, config.vit.head_dim, needs_grad=True)
-    backend = f"{device.type} {str(dtype).removeprefix('torch.')}, attention {attention}"
+    number = str(dtype).removeprefix("torch.")
+    backend = f"{device.type} {number}, attention {attention}, views {renderer}"
     return Run(method, optimizer, config, fingerprint, backend)
 
 

@@ -5,18 +5,25 @@ import hashlib
 import json
 import math
 import multiprocessing
+import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from tapct_fast.config import Config, from_json
 from tapct_fast.data.pipeline import ViewBatch, ViewPipeline
+from tapct_fast.data.samples import Sample
 from tapct_fast.errors import CheckpointError, InputError, StoreError, TrainError
+from tapct_fast.io.store import Store
 from tapct_fast.train.loop import choose_backend, train, uniform_loss
 
+Loaded = Sequence[tuple[Sample, NDArray[np.int16]]]
 TIMED = {"samples_per_s", "data_wait"}  # measured, not computed
 
 
@@ -42,14 +49,14 @@ def finished(
 
 
 def fail_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    batch_at = ViewPipeline.batch_at
+    make = ViewPipeline._batch
 
-    def failing(self: ViewPipeline, at: int, micro: int) -> ViewBatch:
+    def failing(self: ViewPipeline, at: int, micro: int, loaded: Loaded) -> ViewBatch:
         if at == step:
             raise StoreError("the disk went away")
-        return batch_at(self, at, micro)
+        return make(self, at, micro, loaded)
 
-    monkeypatch.setattr(ViewPipeline, "batch_at", failing)
+    monkeypatch.setattr(ViewPipeline, "_batch", failing)
 
 
 def test_a_run_writes_its_config_its_metrics_and_its_checkpoints(
@@ -117,6 +124,42 @@ def test_runs_killed_at_any_time_repeat_the_uninterrupted_one_bit_for_bit(
     assert hashes(out) == hashes(tmp_path / "whole")
 
 
+def test_a_damaged_case_is_listed_and_a_resumed_run_still_repeats_the_first(
+    tiny_config: Config,
+    tiny_store: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shutil.copytree(tiny_store, tmp_path / "store")
+    record = Store.open(tmp_path / "store").cases[1]
+    path = tmp_path / "store" / record.file
+    data = bytearray(path.read_bytes())
+    data[-100] ^= 1
+    path.write_bytes(data)
+    train(tiny_config, tmp_path / "store", tmp_path / "whole")
+    (line,) = (tmp_path / "whole" / "quarantine.jsonl").read_text().splitlines()
+    assert json.loads(line)["case"] == record.case
+    assert "quarantine.jsonl" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        fail_at(patch, 4)
+        with pytest.raises(StoreError, match="the disk went away"):
+            train(tiny_config, tmp_path / "store", tmp_path / "killed")
+    train(tiny_config, tmp_path / "store", tmp_path / "killed")
+    assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
+    assert hashes(tmp_path / "killed") == hashes(tmp_path / "whole")
+    assert len((tmp_path / "killed" / "quarantine.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_resumed_run_may_have_other_workers(
+    finished: Path, tiny_config: Config, tiny_store: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    settings = dataclasses.replace(tiny_config.train, num_workers=2, read_timeout=9.0)
+    train(dataclasses.replace(tiny_config, train=settings), tiny_store, tmp_path / "run")
+    assert rows(tmp_path / "run") == rows(finished)
+
+
 def test_accumulation_changes_the_micro_batches_not_the_samples(
     finished: Path, tiny_config: Config, tiny_store: Path, tmp_path: Path
 ) -> None:
@@ -153,16 +196,16 @@ def test_a_loss_that_is_not_finite_names_the_step_and_leaves_the_last_checkpoint
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    batch_at = ViewPipeline.batch_at
+    make = ViewPipeline._batch
 
-    def poisoned(self: ViewPipeline, step: int, micro: int) -> ViewBatch:
-        batch = batch_at(self, step, micro)
+    def poisoned(self: ViewPipeline, step: int, micro: int, loaded: Loaded) -> ViewBatch:
+        batch = make(self, step, micro, loaded)
         if (step, micro) == (4, 1):
             batch.global_VBZYX[0, 0, 0, 0, 0] = torch.nan
         return batch
 
     with monkeypatch.context() as patch:
-        patch.setattr(ViewPipeline, "batch_at", poisoned)
+        patch.setattr(ViewPipeline, "_batch", poisoned)
         with pytest.raises(TrainError, match=r"step 5: not finite.*the views hold"):
             train(tiny_config, tiny_store, tmp_path)
     assert hashes(tmp_path, 3) == hashes(finished, 3)

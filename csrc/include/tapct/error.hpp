@@ -33,6 +33,12 @@ class StoreError : public std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
+// The system could not read a file of the training store; it may another time.
+class StoreReadError : public StoreError {
+ public:
+  using StoreError::StoreError;
+};
+
 // The GPU part is absent or failed.
 class DeviceError : public std::runtime_error {
  public:
