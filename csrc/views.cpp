@@ -507,6 +507,10 @@ void check_view(const ViewJob& job, const ViewOptions& options) {
     }
   };
   const View& view = job.view;
+  const ZScore& zscore = options.zscore;
+  require(std::isfinite(zscore.low) && std::isfinite(zscore.high) && std::isfinite(zscore.mean) &&
+              std::isfinite(zscore.std) && zscore.low < zscore.high && zscore.std > 0,
+          "render_views: clip range, mean and deviation must be finite, the last positive");
   for (std::size_t axis = 0; axis < 3; ++axis) {
     require(job.shape_zyx[axis] >= 1 && job.shape_zyx[axis] <= largest_axis &&
                 options.size_zyx[axis] >= 1 && options.size_zyx[axis] <= largest_axis,

@@ -194,6 +194,14 @@ def test_a_view_that_cannot_be_is_refused_and_nothing_is_written(
     assert out_VBZYX.isnan().all()
 
 
+def test_an_intensity_contract_that_cannot_be_is_refused() -> None:
+    group, boxes = group_of(num=1), boxes_of([(4, 9, 9)])
+    tables = tables_of(OFF, group, boxes)
+    hu = dataclasses.replace(HU, mean=float("nan"))
+    with pytest.raises(ValueError, match="clip range, mean and deviation"):
+        render_batch(boxes, tables, group, hu, torch.empty(1, 1, *group.size_zyx))
+
+
 def test_only_a_square_view_can_be_turned() -> None:
     group, boxes = group_of(size_zyx=(4, 8, 16), num=1), boxes_of([(4, 9, 9)])
     tables = tables_of(OFF, group, boxes)
