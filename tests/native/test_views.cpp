@@ -1,7 +1,10 @@
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <initializer_list>
 #include <stdexcept>
+#include <utility>
+#include <vector>
 
 #include "check.hpp"
 #include "tapct/views.hpp"
@@ -90,6 +93,31 @@ TEST(view_of_a_constant_is_constant_and_of_a_ramp_a_ramp) {
   }
 }
 
+TEST(view_with_reversed_bounds_is_the_view_reversed) {
+  const Shape shape{3, 11, 9}, size{4, 6, 14};
+  const auto hu = ramp(shape);
+  View view = plain(shape);
+  view.lo = {0.25F, 1, 2.5F};
+  view.hi = {2.75F, 9, 8};
+  const auto straight = render(hu, shape, view, size);
+  for (unsigned flips = 1; flips < 8; ++flips) {
+    View flipped = view;
+    for (unsigned axis = 0; axis < 3; ++axis) {
+      if ((flips >> axis & 1) != 0) {
+        std::swap(flipped.lo[axis], flipped.hi[axis]);
+      }
+    }
+    const auto out = render(hu, shape, flipped, size);
+    const auto at = [&](std::size_t index, unsigned axis) {
+      return (flips >> axis & 1) != 0 ? size[axis] - 1 - index : index;
+    };
+    for (std::size_t i = 0; i < out.size(); ++i) {
+      const std::size_t z = at(i / size[2] / size[1], 0), y = at(i / size[2] % size[1], 1);
+      CHECK(std::abs(out[i] - straight[(z * size[1] + y) * size[2] + at(i % size[2], 2)]) < 2e-3F);
+    }
+  }
+}
+
 TEST(view_axis_weights_sum_to_one_and_stay_in_the_box) {
   for (const std::size_t num_in : sizes({1, 2, 7, 400})) {
     for (const std::size_t num_out : sizes({1, 3, 96})) {
@@ -131,6 +159,18 @@ TEST(view_turns_four_times_is_the_view) {
     for (std::size_t i = 0; i < 9; ++i) {
       CHECK(std::abs(out[i] - expected[turns][i]) < 2e-3F);
     }
+  }
+}
+
+// Key 42: numpy.random.Philox(key=42) gives 0xd1f8817d4d62880e, 0x307266b65cc8797e,
+// 0xde1f04e7f084ed03, 0x65034a8e78cd1e59; Box-Muller of them in float64.
+TEST(view_noise_is_box_muller_of_the_known_words) {
+  const std::array<float, 8> expected{-0.20313828F, 0.59594756F,  -1.1844526F,  1.38798093F,
+                                      0.49483015F,  -0.19761563F, -1.34253538F, 0.23970409F};
+  std::array<float, 8> noise{};
+  tapct::view_noise(42, 0, noise);
+  for (std::size_t i = 0; i < noise.size(); ++i) {
+    CHECK(std::abs(noise[i] - expected[i]) < 1e-6F);
   }
 }
 
