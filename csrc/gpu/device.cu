@@ -3,20 +3,10 @@
 #include <string>
 #include <vector>
 
-#include "tapct/error.hpp"
+#include "check.hpp"
 #include "tapct/gpu.hpp"
 
 namespace tapct {
-namespace {
-
-void check(cudaError_t status, const char* what) {
-  if (status != cudaSuccess) {
-    throw DeviceError(std::string(what) + ": " + cudaGetErrorString(status));
-  }
-}
-
-}  // namespace
-
 std::vector<std::string> cuda_devices() {
   int num_devices = 0;
   const cudaError_t status = cudaGetDeviceCount(&num_devices);

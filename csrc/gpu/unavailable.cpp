@@ -3,8 +3,19 @@
 
 namespace tapct {
 
-std::vector<std::string> cuda_devices() {
+namespace {
+
+[[noreturn]] void fail() {
   throw DeviceError("this build has no CUDA code; rebuild with TAPCT_CUDA=ON");
+}
+
+}  // namespace
+
+std::vector<std::string> cuda_devices() { fail(); }
+
+void render_views_gpu(std::span<const ViewJob>, const ViewOptions&, bool, float*, std::size_t,
+                      void*) {
+  fail();
 }
 
 }  // namespace tapct

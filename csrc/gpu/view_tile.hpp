@@ -11,10 +11,12 @@
 // thread's own four values, and returns when all threads are done.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <stdexcept>
 
 #include "tapct/views.hpp"
 
@@ -22,6 +24,13 @@
 #define TAPCT_HD __host__ __device__ __forceinline__
 #else
 #define TAPCT_HD inline
+#endif
+#ifdef __CUDA_ARCH__
+#define TAPCT_UNROLL _Pragma("unroll")
+#define TAPCT_UNROLL_2 _Pragma("unroll 2")
+#else
+#define TAPCT_UNROLL
+#define TAPCT_UNROLL_2
 #endif
 
 namespace tapct::gpu {
@@ -46,8 +55,7 @@ struct ResampleAxis {
   int size;  // of the box
 };
 
-// One view as the kernels read it, from constant memory. 248 bytes: 128 views fit the 32764 bytes
-// that a launch may carry, so no table has to be uploaded and kept alive.
+// One view as the kernels read it, from constant memory.
 struct TileView {
   const std::int16_t* hu;
   void* out;
@@ -165,7 +173,7 @@ TAPCT_HD void sum_slices(Shared& shared, const Filter& filter, int thread, int r
   const int num_taps = filter.num_taps(0);
   int x[per_thread];
   bool is_used[per_thread];
-#pragma unroll
+TAPCT_UNROLL
   for (int k = 0; k < per_thread; ++k) {
     is_used[k] = lane + k * tile_size < num_columns;
     x[k] = filter.inside(2, column + lane + k * tile_size);
@@ -173,18 +181,18 @@ TAPCT_HD void sum_slices(Shared& shared, const Filter& filter, int thread, int r
   for (int r = thread / tile_size; r < num_rows; r += num_warps) {
     const int start = filter.inside(1, row + r) * size_x;  // a slice has fewer than 2^31 voxels
     float sums[per_thread] = {};
-#pragma unroll 2
+TAPCT_UNROLL_2
     for (int t = 0; t < num_taps; ++t) {
       const auto* slice = filter.source + static_cast<std::size_t>(filter.inside(0, first + t)) * plane;
       const float weight = filter.weight(shared, 0, offset, t);
-#pragma unroll
+TAPCT_UNROLL
       for (int k = 0; k < per_thread; ++k) {
         if (is_used[k]) {
           sums[k] += weight * static_cast<float>(slice[start + x[k]]);
         }
       }
     }
-#pragma unroll
+TAPCT_UNROLL
     for (int k = 0; k < per_thread; ++k) {
       if (is_used[k]) {
         shared.strip[r * strip_columns + lane + k * tile_size] = sums[k];
@@ -205,7 +213,7 @@ TAPCT_HD void sum_columns(Shared& shared, const Filter& filter, int thread, int 
   float sums[per_thread] = {};
   for (int t = begin; t < end; ++t) {
     const float weight = filter.weight(shared, 2, out.offset, t);
-#pragma unroll
+TAPCT_UNROLL
     for (int k = 0; k < per_thread; ++k) {
       const int r = warp + k * num_warps;
       if (r < num_rows) {
@@ -213,7 +221,7 @@ TAPCT_HD void sum_columns(Shared& shared, const Filter& filter, int thread, int 
       }
     }
   }
-#pragma unroll
+TAPCT_UNROLL
   for (int k = 0; k < per_thread; ++k) {
     float& target = shared.columns[(warp + k * num_warps) * tile_size + lane];
     target = is_first ? sums[k] : target + sums[k];
@@ -225,7 +233,7 @@ template <typename Filter>
 TAPCT_HD void sum_rows(const Shared& shared, const Filter& filter, int thread, float (&sums)[per_thread],
                        int row, int num_rows) {
   const int lane = thread % tile_size;
-#pragma unroll
+TAPCT_UNROLL
   for (int k = 0; k < per_thread; ++k) {
     const Output& out = shared.y[thread / tile_size + k * num_warps];
     const int end = smaller(filter.num_taps(1), row + num_rows - out.first);
@@ -241,7 +249,7 @@ template <typename Filter, typename Threads>
 TAPCT_HD void filter_tile(Threads& threads, Shared& shared, const Filter& filter, const Tile& tile) {
   threads.each([&](int thread, float (&sums)[per_thread]) {
     filter.prepare(shared, thread);
-#pragma unroll
+TAPCT_UNROLL
     for (int k = 0; k < per_thread; ++k) {
       sums[k] = 0;
     }
@@ -279,7 +287,7 @@ TAPCT_HD void filter_tile(Threads& threads, Shared& shared, const Filter& filter
   }
   threads.each([&](int thread, float (&sums)[per_thread]) {
     const int lane = thread % tile_size;
-#pragma unroll
+TAPCT_UNROLL
     for (int k = 0; k < per_thread; ++k) {
       const int y = thread / tile_size + k * num_warps;
       shared.strip[y * tile_pitch + lane] =
@@ -306,7 +314,7 @@ struct Words {
 TAPCT_HD Words philox(std::uint64_t counter, std::uint64_t key) {
   Words w{counter, 0, 0, 0};
   std::uint64_t other_key = 0;
-#pragma unroll
+TAPCT_UNROLL
   for (int round = 0; round < 10; ++round) {
     const std::uint64_t left = 0xD2E7470EE14C6C93U, right = 0xCA5A826395121157U;
     w = {high_product(right, w.c) ^ w.b ^ key, right * w.c, high_product(left, w.a) ^ w.d ^ other_key,
@@ -379,7 +387,7 @@ struct alignas(per_thread * sizeof(Pixel)) Pixels {
 template <typename Pixel>
 TAPCT_HD void store(Pixel* target, const float (&values)[per_thread], int count) {
   Pixels<Pixel> pixels;
-#pragma unroll
+TAPCT_UNROLL
   for (int k = 0; k < per_thread; ++k) {
     to_pixel(values[k], pixels.at[k]);
   }
@@ -387,7 +395,7 @@ TAPCT_HD void store(Pixel* target, const float (&values)[per_thread], int count)
     *reinterpret_cast<Pixels<Pixel>*>(target) = pixels;
     return;
   }
-#pragma unroll
+TAPCT_UNROLL
   for (int k = 0; k < per_thread; ++k) {
     if (k < count) {
       target[k] = pixels.at[k];
@@ -411,7 +419,7 @@ TAPCT_HD float intensity(const TileView& view, float hu) {
 template <typename Pixel>
 TAPCT_HD void finish(const TileView& view, std::size_t n, float (&values)[per_thread], int count) {
   Noise noise(view.noise_key);
-#pragma unroll
+TAPCT_UNROLL
   for (int k = 0; k < per_thread; ++k) {
     values[k] = values[k] * view.gain + view.offset;
     if (view.noise_std > 0) {
@@ -470,7 +478,7 @@ TAPCT_HD void each_four(Threads& threads, const Shared& shared, const Tile& turn
     const int i = thread / per_row, j = thread % per_row * per_thread;
     const int count = smaller(per_thread, turned.num_x - j);
     if (i < turned.num_y && count > 0) {
-#pragma unroll
+TAPCT_UNROLL
       for (int k = 0; k < per_thread; ++k) {
         values[k] = shared.strip[strip_place(turned, turns, i, smaller(j + k, turned.num_x - 1))];
       }
@@ -487,7 +495,7 @@ TAPCT_HD void render_tile(Threads& threads, Shared& shared, const TileView& view
   filter_tile(threads, shared, filter, before_turns(turned, view.turns, grid));
   each_four(threads, shared, turned, view.turns, grid,
             [&](std::size_t n, float (&values)[per_thread], int count) {
-#pragma unroll
+TAPCT_UNROLL
               for (int k = 0; k < per_thread; ++k) {
                 values[k] = intensity(view, values[k]);
               }
@@ -508,12 +516,60 @@ TAPCT_HD void blur_tile(Threads& threads, Shared& shared, const TileView& view, 
   filter_tile(threads, shared, filter, tile);
   each_four(threads, shared, tile, 0, grid,
             [&](std::size_t n, float (&values)[per_thread], int count) {
-#pragma unroll
+TAPCT_UNROLL
               for (int k = 0; k < per_thread; ++k) {
                 values[k] = to_unit(values[k]);  // rounding must not leave the clip range
               }
               finish<Pixel>(view, n, values, count);
             });
+}
+
+inline bool is_blurred(const View& view) {
+  return std::any_of(view.sigma.begin(), view.sigma.end(), [](float sigma) { return sigma > 0; });
+}
+
+// `blurred` is memory for the view's pixels; null where is_blurred is false. Throws as check_view
+// does, and for what only the GPU does not do.
+inline TileView make_tile_view(const ViewJob& job, const ViewOptions& options, float* blurred) {
+  check_view(job, options);
+  const View& view = job.view;
+  const ZScore& z = options.zscore;
+  if (job.shape_zyx[1] > 0x7fffffff / job.shape_zyx[2]) {
+    throw std::invalid_argument("render_views_gpu: a slice of a box has 2^31 voxels or more");
+  }
+  TileView tile{};
+  tile.hu = job.hu;
+  tile.out = job.out;
+  tile.blurred = blurred;
+  tile.noise_key = view.noise_key;
+  for (std::size_t axis = 0; axis < 3; ++axis) {
+    const double lo = static_cast<double>(view.lo[axis]), hi = static_cast<double>(view.hi[axis]);
+    const double step = (hi - lo) / static_cast<double>(options.size_zyx[axis]);
+    const double half_width = options.antialias ? std::max(std::abs(step), 1.0) : 1.0;
+    tile.axes[axis] = {lo,
+                       step,
+                       half_width,
+                       static_cast<float>(1 / half_width),
+                       static_cast<int>(std::ceil(2 * half_width)),
+                       static_cast<int>(job.shape_zyx[axis])};
+    const double radius = std::ceil(3 * static_cast<double>(view.sigma[axis]));
+    if (radius > largest_radius) {
+      throw std::invalid_argument("render_views_gpu: a blur has a sigma of more than 42 voxels");
+    }
+    tile.sigma[axis] = view.sigma[axis];
+    tile.radius[axis] = static_cast<int>(radius);
+  }
+  const double low = static_cast<double>(view.window[0]), high = static_cast<double>(view.window[1]);
+  const double std = static_cast<double>(z.std), bottom = static_cast<double>(z.low);
+  tile.low = view.window[0];
+  tile.inverse_range = static_cast<float>(1 / (high - low));
+  tile.gamma = view.gamma;
+  tile.contrast = view.contrast;
+  tile.gain = static_cast<float>((static_cast<double>(z.high) - bottom) / std);
+  tile.offset = static_cast<float>((bottom - static_cast<double>(z.mean)) / std);
+  tile.noise_std = view.noise_std;
+  tile.turns = static_cast<int>(view.turns);
+  return tile;
 }
 
 }  // namespace tapct::gpu
