@@ -392,6 +392,32 @@ void render_views(const std::vector<Volume>& boxes, const Params& params_VBP,
   tapct::render_views<Pixel>(jobs, options);
 }
 
+// Addresses are of device memory: boxes of shapes_zyx, out_VBZYX of size_zyx per view, scratch.
+void render_views_gpu(const std::vector<std::uintptr_t>& boxes,
+                      const std::vector<std::array<std::size_t, 3>>& shapes_zyx,
+                      const Params& params_VBP,
+                      const py::array_t<std::uint64_t, py::array::c_style>& keys_VB,
+                      const Bytes& turns_VB, std::uintptr_t out,
+                      const std::array<std::size_t, 3>& size_zyx, bool is_bf16, bool antialias,
+                      const std::array<float, 2>& clip, float mean, float std,
+                      std::uintptr_t scratch, std::size_t num_scratch, std::uintptr_t stream) {
+  if (boxes.size() != shapes_zyx.size()) {
+    throw std::invalid_argument("render_views_gpu: boxes and shapes_zyx are not of one length");
+  }
+  std::vector<const std::int16_t*> hu;
+  for (const std::uintptr_t box : boxes) {
+    hu.push_back(reinterpret_cast<const std::int16_t*>(box));
+  }
+  const std::size_t pixel_bytes = is_bf16 ? sizeof(std::uint16_t) : sizeof(float);
+  const auto jobs =
+      view_jobs(shapes_zyx, hu, params_VBP, keys_VB, turns_VB, reinterpret_cast<char*>(out),
+                size_zyx[0] * size_zyx[1] * size_zyx[2] * pixel_bytes);
+  const tapct::ViewOptions options{size_zyx, antialias, {clip[0], clip[1], mean, std}, 1};
+  const py::gil_scoped_release release;
+  tapct::render_views_gpu(jobs, options, is_bf16, reinterpret_cast<float*>(scratch), num_scratch,
+                          reinterpret_cast<void*>(stream));
+}
+
 template <typename Pixel>
 void define_render_views(py::module_& m) {
   m.def("render_views", &render_views<Pixel>, py::arg("boxes").noconvert(),
@@ -478,6 +504,11 @@ PYBIND11_MODULE(_native, m) {
   define_hu_to_pixels<std::uint16_t>(m);  // the bits of bfloat16
   define_render_views<float>(m);
   define_render_views<std::uint16_t>(m);
+  m.def("render_views_gpu", &render_views_gpu, py::arg("boxes"), py::arg("shapes_zyx"),
+        py::arg("params_VBP").noconvert(), py::arg("keys_VB").noconvert(),
+        py::arg("turns_VB").noconvert(), py::arg("out"), py::arg("size_zyx"), py::arg("is_bf16"),
+        py::arg("antialias"), py::arg("clip"), py::arg("mean"), py::arg("std"), py::arg("scratch"),
+        py::arg("num_scratch"), py::arg("stream"));
   py::class_<Reader>(m, "BoxReader", py::metaclass(reinterpret_cast<PyObject*>(&PyType_Type)))
       .def(py::init(&make_reader), py::arg("names"), py::arg("paths"), py::arg("crc32s"),
            py::arg("use_mmap"), py::arg("max_open"))

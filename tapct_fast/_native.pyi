@@ -106,6 +106,23 @@ def render_views(
     std: float,
     num_threads: int,
 ) -> None: ...
+def render_views_gpu(
+    boxes: Sequence[int],
+    shapes_zyx: Sequence[Sequence[int]],
+    params_VBP: npt.NDArray[np.float32],
+    keys_VB: npt.NDArray[np.uint64],
+    turns_VB: npt.NDArray[np.uint8],
+    out: int,
+    size_zyx: Sequence[int],
+    is_bf16: bool,
+    antialias: bool,
+    clip: Sequence[float],
+    mean: float,
+    std: float,
+    scratch: int,
+    num_scratch: int,
+    stream: int,
+) -> None: ...
 def hu_stats(hu: npt.NDArray[np.int16], low: int, high: int) -> tuple[int, int, int]: ...
 def write_b2nd(
     path: str | bytes,

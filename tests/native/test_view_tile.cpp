@@ -15,19 +15,22 @@ using tapct::ViewJob;
 using tapct::ViewOptions;
 using Shape = std::array<std::size_t, 3>;
 
+// Up or down: where one thread reads what another writes before the next barrier, results differ.
 struct LoopThreads {
+  bool is_down;
   float sums[tapct::gpu::num_threads][tapct::gpu::per_thread];
 
   template <typename F>
   void each(const F& f) {
-    for (int thread = 0; thread < tapct::gpu::num_threads; ++thread) {
+    for (int i = 0; i < tapct::gpu::num_threads; ++i) {
+      const int thread = is_down ? tapct::gpu::num_threads - 1 - i : i;
       f(thread, sums[thread]);
     }
   }
 };
 
 template <typename Pixel>
-std::vector<Pixel> render_tiles(ViewJob job, const ViewOptions& options) {
+std::vector<Pixel> render_tiles(ViewJob job, const ViewOptions& options, bool is_down = false) {
   const auto [z, y, x] = options.size_zyx;
   std::vector<Pixel> out(z * y * x);
   std::vector<float> blurred(z * y * x, NAN);
@@ -37,7 +40,7 @@ std::vector<Pixel> render_tiles(ViewJob job, const ViewOptions& options) {
       tapct::gpu::make_tile_view(job, options, is_blurred ? blurred.data() : nullptr);
   const tapct::gpu::Grid grid{static_cast<int>(z), static_cast<int>(y), static_cast<int>(x)};
   const int num_tiles = grid.size_z * grid.rows() * grid.columns();
-  LoopThreads threads;
+  LoopThreads threads{is_down, {}};
   tapct::gpu::Shared shared;
   for (int i = 0; i < num_tiles; ++i) {
     tapct::gpu::render_tile<Pixel>(threads, shared, view, grid, i);
@@ -66,6 +69,7 @@ void compare(const Shape& shape, const Shape& size, const View& view, bool antia
   const ViewOptions options{size, antialias, released, 1};
   tapct::render_views<float>({&job, 1}, options);
   const auto actual = render_tiles<float>(job, options);
+  CHECK(actual == render_tiles<float>(job, options, true));
   double most = 0, total = 0;
   for (std::size_t i = 0; i < expected.size(); ++i) {
     const double error = std::abs(static_cast<double>(actual[i] - expected[i]));
