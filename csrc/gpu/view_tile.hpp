@@ -2,13 +2,13 @@
 // tests/native/test_view_tile.cpp holds it to render_views without a GPU.
 //
 // One block of threads makes 32 x 32 pixels of one slice of a view. It streams over the part of the
-// box below them in strips that fit shared memory, whatever the scale: across slices into the strip,
-// along x into `columns`, along y into registers. So a voxel costs a few multiply-adds per axis where
-// a direct gather would cost the product of the three, and no weight is stored: a triangle's is
-// cheaper computed.
+// box below them in strips that fit shared memory, whatever the scale: across slices into the
+// strip, along x into `columns`, along y into registers. So a voxel costs a few multiply-adds per
+// axis where a direct gather would cost the product of the three, and no weight is stored: a
+// triangle's is cheaper computed.
 //
-// `Threads` stands for the block: each(f) calls f(thread, sums) for every thread, where `sums` are the
-// thread's own four values, and returns when all threads are done.
+// `Threads` stands for the block: each(f) calls f(thread, sums) for every thread, where `sums` are
+// the thread's own four values, and returns when all threads are done.
 #pragma once
 
 #include <algorithm>
@@ -121,8 +121,8 @@ struct Resample {
   }
 };
 
-// Pixels of a view under Gaussians; at its faces the view is mirrored without repeating the pixel at
-// the face, as often as a thin view asks for.
+// Pixels of a view under Gaussians; at its faces the view is mirrored without repeating the pixel
+// at the face, as often as a thin view asks for.
 struct Blur {
   const float* source;
   const TileView* view;
@@ -167,13 +167,14 @@ TAPCT_HD void sum_slices(Shared& shared, const Filter& filter, int thread, int r
                          int column, int num_columns) {
   const int lane = thread % tile_size;
   const int size_x = filter.size(2);
-  const std::size_t plane = static_cast<std::size_t>(filter.size(1)) * static_cast<std::size_t>(size_x);
+  const std::size_t plane =
+      static_cast<std::size_t>(filter.size(1)) * static_cast<std::size_t>(size_x);
   const int first = shared.z.first;
   const float offset = shared.z.offset;
   const int num_taps = filter.num_taps(0);
   int x[per_thread];
   bool is_used[per_thread];
-TAPCT_UNROLL
+  TAPCT_UNROLL
   for (int k = 0; k < per_thread; ++k) {
     is_used[k] = lane + k * tile_size < num_columns;
     x[k] = filter.inside(2, column + lane + k * tile_size);
@@ -181,18 +182,19 @@ TAPCT_UNROLL
   for (int r = thread / tile_size; r < num_rows; r += num_warps) {
     const int start = filter.inside(1, row + r) * size_x;  // a slice has fewer than 2^31 voxels
     float sums[per_thread] = {};
-TAPCT_UNROLL_2
+    TAPCT_UNROLL_2
     for (int t = 0; t < num_taps; ++t) {
-      const auto* slice = filter.source + static_cast<std::size_t>(filter.inside(0, first + t)) * plane;
+      const auto* slice =
+          filter.source + static_cast<std::size_t>(filter.inside(0, first + t)) * plane;
       const float weight = filter.weight(shared, 0, offset, t);
-TAPCT_UNROLL
+      TAPCT_UNROLL
       for (int k = 0; k < per_thread; ++k) {
         if (is_used[k]) {
           sums[k] += weight * static_cast<float>(slice[start + x[k]]);
         }
       }
     }
-TAPCT_UNROLL
+    TAPCT_UNROLL
     for (int k = 0; k < per_thread; ++k) {
       if (is_used[k]) {
         shared.strip[r * strip_columns + lane + k * tile_size] = sums[k];
@@ -203,8 +205,8 @@ TAPCT_UNROLL
 
 // Sums along x: from the strip into `columns`, which later strips of the same rows add to.
 template <typename Filter>
-TAPCT_HD void sum_columns(Shared& shared, const Filter& filter, int thread, int num_rows, int column,
-                          int num_columns, bool is_first) {
+TAPCT_HD void sum_columns(Shared& shared, const Filter& filter, int thread, int num_rows,
+                          int column, int num_columns, bool is_first) {
   const int lane = thread % tile_size;
   const int warp = thread / tile_size;
   const Output out = shared.x[lane];
@@ -213,7 +215,7 @@ TAPCT_HD void sum_columns(Shared& shared, const Filter& filter, int thread, int 
   float sums[per_thread] = {};
   for (int t = begin; t < end; ++t) {
     const float weight = filter.weight(shared, 2, out.offset, t);
-TAPCT_UNROLL
+    TAPCT_UNROLL
     for (int k = 0; k < per_thread; ++k) {
       const int r = warp + k * num_warps;
       if (r < num_rows) {
@@ -221,7 +223,7 @@ TAPCT_UNROLL
       }
     }
   }
-TAPCT_UNROLL
+  TAPCT_UNROLL
   for (int k = 0; k < per_thread; ++k) {
     float& target = shared.columns[(warp + k * num_warps) * tile_size + lane];
     target = is_first ? sums[k] : target + sums[k];
@@ -230,10 +232,10 @@ TAPCT_UNROLL
 
 // Sums along y: from rows [row, row + num_rows) in `columns` into the pixels of this thread.
 template <typename Filter>
-TAPCT_HD void sum_rows(const Shared& shared, const Filter& filter, int thread, float (&sums)[per_thread],
-                       int row, int num_rows) {
+TAPCT_HD void sum_rows(const Shared& shared, const Filter& filter, int thread,
+                       float (&sums)[per_thread], int row, int num_rows) {
   const int lane = thread % tile_size;
-TAPCT_UNROLL
+  TAPCT_UNROLL
   for (int k = 0; k < per_thread; ++k) {
     const Output& out = shared.y[thread / tile_size + k * num_warps];
     const int end = smaller(filter.num_taps(1), row + num_rows - out.first);
@@ -246,10 +248,11 @@ TAPCT_UNROLL
 
 // Leaves the filtered tile in `shared.strip`.
 template <typename Filter, typename Threads>
-TAPCT_HD void filter_tile(Threads& threads, Shared& shared, const Filter& filter, const Tile& tile) {
+TAPCT_HD void filter_tile(Threads& threads, Shared& shared, const Filter& filter,
+                          const Tile& tile) {
   threads.each([&](int thread, float (&sums)[per_thread]) {
     filter.prepare(shared, thread);
-TAPCT_UNROLL
+    TAPCT_UNROLL
     for (int k = 0; k < per_thread; ++k) {
       sums[k] = 0;
     }
@@ -268,8 +271,10 @@ TAPCT_UNROLL
   // Outputs go up the axis, or down it where the view is flipped.
   const int first_y = shared.y[0].first, last_y = shared.y[tile_size - 1].first;
   const int first_x = shared.x[0].first, last_x = shared.x[tile_size - 1].first;
-  const int begin_y = smaller(first_y, last_y), end_y = larger(first_y, last_y) + filter.num_taps(1);
-  const int begin_x = smaller(first_x, last_x), end_x = larger(first_x, last_x) + filter.num_taps(2);
+  const int begin_y = smaller(first_y, last_y),
+            end_y = larger(first_y, last_y) + filter.num_taps(1);
+  const int begin_x = smaller(first_x, last_x),
+            end_x = larger(first_x, last_x) + filter.num_taps(2);
   for (int row = begin_y; row < end_y; row += strip_rows) {
     const int num_rows = smaller(strip_rows, end_y - row);
     for (int column = begin_x; column < end_x; column += strip_columns) {
@@ -287,7 +292,7 @@ TAPCT_UNROLL
   }
   threads.each([&](int thread, float (&sums)[per_thread]) {
     const int lane = thread % tile_size;
-TAPCT_UNROLL
+    TAPCT_UNROLL
     for (int k = 0; k < per_thread; ++k) {
       const int y = thread / tile_size + k * num_warps;
       shared.strip[y * tile_pitch + lane] =
@@ -314,11 +319,11 @@ struct Words {
 TAPCT_HD Words philox(std::uint64_t counter, std::uint64_t key) {
   Words w{counter, 0, 0, 0};
   std::uint64_t other_key = 0;
-TAPCT_UNROLL
+  TAPCT_UNROLL
   for (int round = 0; round < 10; ++round) {
     const std::uint64_t left = 0xD2E7470EE14C6C93U, right = 0xCA5A826395121157U;
-    w = {high_product(right, w.c) ^ w.b ^ key, right * w.c, high_product(left, w.a) ^ w.d ^ other_key,
-         left * w.a};
+    w = {high_product(right, w.c) ^ w.b ^ key, right * w.c,
+         high_product(left, w.a) ^ w.d ^ other_key, left * w.a};
     key += 0x9E3779B97F4A7C15U;
     other_key += 0xBB67AE8584CAA73BU;
   }
@@ -387,7 +392,7 @@ struct alignas(per_thread * sizeof(Pixel)) Pixels {
 template <typename Pixel>
 TAPCT_HD void store(Pixel* target, const float (&values)[per_thread], int count) {
   Pixels<Pixel> pixels;
-TAPCT_UNROLL
+  TAPCT_UNROLL
   for (int k = 0; k < per_thread; ++k) {
     to_pixel(values[k], pixels.at[k]);
   }
@@ -395,7 +400,7 @@ TAPCT_UNROLL
     *reinterpret_cast<Pixels<Pixel>*>(target) = pixels;
     return;
   }
-TAPCT_UNROLL
+  TAPCT_UNROLL
   for (int k = 0; k < per_thread; ++k) {
     if (k < count) {
       target[k] = pixels.at[k];
@@ -419,7 +424,7 @@ TAPCT_HD float intensity(const TileView& view, float hu) {
 template <typename Pixel>
 TAPCT_HD void finish(const TileView& view, std::size_t n, float (&values)[per_thread], int count) {
   Noise noise(view.noise_key);
-TAPCT_UNROLL
+  TAPCT_UNROLL
   for (int k = 0; k < per_thread; ++k) {
     values[k] = values[k] * view.gain + view.offset;
     if (view.noise_std > 0) {
@@ -442,7 +447,8 @@ struct Grid {
     return {index % size_z, y, x, smaller(tile_size, size_y - y), smaller(tile_size, size_x - x)};
   }
   TAPCT_HD std::size_t voxel(int z, int y, int x) const {
-    return (static_cast<std::size_t>(z) * static_cast<std::size_t>(size_y) + static_cast<std::size_t>(y)) *
+    return (static_cast<std::size_t>(z) * static_cast<std::size_t>(size_y) +
+            static_cast<std::size_t>(y)) *
                static_cast<std::size_t>(size_x) +
            static_cast<std::size_t>(x);
   }
@@ -451,25 +457,33 @@ struct Grid {
 // Where the pixels of a tile of the turned view lie before the turns.
 TAPCT_HD Tile before_turns(const Tile& t, int turns, const Grid& grid) {
   switch (turns) {
-    case 1: return {t.z, t.x, grid.size_y - t.y - t.num_y, t.num_x, t.num_y};
-    case 2: return {t.z, grid.size_y - t.y - t.num_y, grid.size_x - t.x - t.num_x, t.num_y, t.num_x};
-    case 3: return {t.z, grid.size_x - t.x - t.num_x, t.y, t.num_x, t.num_y};
-    default: return t;
+    case 1:
+      return {t.z, t.x, grid.size_y - t.y - t.num_y, t.num_x, t.num_y};
+    case 2:
+      return {t.z, grid.size_y - t.y - t.num_y, grid.size_x - t.x - t.num_x, t.num_y, t.num_x};
+    case 3:
+      return {t.z, grid.size_x - t.x - t.num_x, t.y, t.num_x, t.num_y};
+    default:
+      return t;
   }
 }
 
 // Place in `shared.strip` of row i, column j of the turned tile.
 TAPCT_HD int strip_place(const Tile& turned, int turns, int i, int j) {
   switch (turns) {
-    case 1: return j * tile_pitch + turned.num_y - 1 - i;
-    case 2: return (turned.num_y - 1 - i) * tile_pitch + turned.num_x - 1 - j;
-    case 3: return (turned.num_x - 1 - j) * tile_pitch + i;
-    default: return i * tile_pitch + j;
+    case 1:
+      return j * tile_pitch + turned.num_y - 1 - i;
+    case 2:
+      return (turned.num_y - 1 - i) * tile_pitch + turned.num_x - 1 - j;
+    case 3:
+      return (turned.num_x - 1 - j) * tile_pitch + i;
+    default:
+      return i * tile_pitch + j;
   }
 }
 
-// Hands out the tile in `shared.strip`: each thread gets four consecutive pixels of the turned view,
-// emit(n, values, count), the first `count` of which exist.
+// Hands out the tile in `shared.strip`: each thread gets four consecutive pixels of the turned
+// view, emit(n, values, count), the first `count` of which exist.
 template <typename Threads, typename Emit>
 TAPCT_HD void each_four(Threads& threads, const Shared& shared, const Tile& turned, int turns,
                         const Grid& grid, const Emit& emit) {
@@ -478,7 +492,7 @@ TAPCT_HD void each_four(Threads& threads, const Shared& shared, const Tile& turn
     const int i = thread / per_row, j = thread % per_row * per_thread;
     const int count = smaller(per_thread, turned.num_x - j);
     if (i < turned.num_y && count > 0) {
-TAPCT_UNROLL
+      TAPCT_UNROLL
       for (int k = 0; k < per_thread; ++k) {
         values[k] = shared.strip[strip_place(turned, turns, i, smaller(j + k, turned.num_x - 1))];
       }
@@ -495,7 +509,7 @@ TAPCT_HD void render_tile(Threads& threads, Shared& shared, const TileView& view
   filter_tile(threads, shared, filter, before_turns(turned, view.turns, grid));
   each_four(threads, shared, turned, view.turns, grid,
             [&](std::size_t n, float (&values)[per_thread], int count) {
-TAPCT_UNROLL
+              TAPCT_UNROLL
               for (int k = 0; k < per_thread; ++k) {
                 values[k] = intensity(view, values[k]);
               }
@@ -516,7 +530,7 @@ TAPCT_HD void blur_tile(Threads& threads, Shared& shared, const TileView& view, 
   filter_tile(threads, shared, filter, tile);
   each_four(threads, shared, tile, 0, grid,
             [&](std::size_t n, float (&values)[per_thread], int count) {
-TAPCT_UNROLL
+              TAPCT_UNROLL
               for (int k = 0; k < per_thread; ++k) {
                 values[k] = to_unit(values[k]);  // rounding must not leave the clip range
               }
@@ -559,7 +573,8 @@ inline TileView make_tile_view(const ViewJob& job, const ViewOptions& options, f
     tile.sigma[axis] = view.sigma[axis];
     tile.radius[axis] = static_cast<int>(radius);
   }
-  const double low = static_cast<double>(view.window[0]), high = static_cast<double>(view.window[1]);
+  const double low = static_cast<double>(view.window[0]),
+               high = static_cast<double>(view.window[1]);
   const double std = static_cast<double>(z.std), bottom = static_cast<double>(z.low);
   tile.low = view.window[0];
   tile.inverse_range = static_cast<float>(1 / (high - low));

@@ -28,8 +28,8 @@ struct BlockThreads {
   }
 };
 
-// A launch carries its views in its parameters, of which there may be 32764 bytes since CUDA 12.1: so
-// no table has to be uploaded and kept alive on the host.
+// A launch carries its views in its parameters, of which there may be 32764 bytes since CUDA 12.1:
+// so no table has to be uploaded and kept alive on the host.
 constexpr std::size_t views_per_launch = 128;
 struct Batch {
   TileView views[views_per_launch];
@@ -118,8 +118,8 @@ void render_views_gpu(std::span<const ViewJob> jobs, const ViewOptions& options,
     }
   }
   const Grid grid{static_cast<int>(size_z), static_cast<int>(size_y), static_cast<int>(size_x)};
-  const std::size_t num_tiles = size_z * static_cast<std::size_t>(grid.rows()) *
-                                static_cast<std::size_t>(grid.columns());
+  const std::size_t num_tiles =
+      size_z * static_cast<std::size_t>(grid.rows()) * static_cast<std::size_t>(grid.columns());
   if (num_tiles > 0x7fffffff) {
     throw std::invalid_argument("render_views_gpu: a view has 2^31 tiles or more");
   }

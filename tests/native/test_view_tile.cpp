@@ -36,8 +36,7 @@ std::vector<Pixel> render_tiles(ViewJob job, const ViewOptions& options, bool is
   std::vector<float> blurred(z * y * x, NAN);
   job.out = out.data();
   const bool is_blurred = tapct::gpu::is_blurred(job.view);
-  const auto view =
-      tapct::gpu::make_tile_view(job, options, is_blurred ? blurred.data() : nullptr);
+  const auto view = tapct::gpu::make_tile_view(job, options, is_blurred ? blurred.data() : nullptr);
   const tapct::gpu::Grid grid{static_cast<int>(z), static_cast<int>(y), static_cast<int>(x)};
   const int num_tiles = grid.size_z * grid.rows() * grid.columns();
   LoopThreads threads{is_down, {}};
@@ -98,7 +97,8 @@ const std::vector<Shape> shapes{{9, 40, 37}, {3, 12, 14}, {30, 151, 250}, {1, 1,
 
 TEST(tiles_resample_as_the_cpu_does) {
   for (const Shape& shape : shapes) {
-    for (const Shape& size : {Shape{5, 24, 24}, Shape{2, 50, 67}, Shape{3, 1, 130}, Shape{4, 7, 5}}) {
+    for (const Shape& size :
+         {Shape{5, 24, 24}, Shape{2, 50, 67}, Shape{3, 1, 130}, Shape{4, 7, 5}}) {
       for (const bool antialias : {true, false}) {
         View view = whole(shape);
         compare(shape, size, view, antialias);
@@ -139,7 +139,8 @@ TEST(tiles_change_intensities_as_the_cpu_does) {
 }
 
 TEST(tiles_blur_as_the_cpu_does) {
-  for (const Shape& size : {Shape{5, 24, 24}, Shape{1, 7, 70}, Shape{12, 3, 2}, Shape{40, 65, 33}}) {
+  for (const Shape& size :
+       {Shape{5, 24, 24}, Shape{1, 7, 70}, Shape{12, 3, 2}, Shape{40, 65, 33}}) {
     for (const float sigma : {0.05F, 0.4F, 1.0F, 3.0F, 13.0F}) {
       for (const float across : {0.0F, 0.9F, 8.0F}) {
         View view = whole({9, 40, 37});
