@@ -116,8 +116,8 @@ def _check_device_memory(
     """Refuse what the kernels, which see only addresses, could not."""
     if out_VBZYX.shape != shape_vbzyx:
         raise ValueError(
-            f"render_batch: out has shape {tuple(out_VBZYX.shape)}; the tables and the group ask for "
-            f"{shape_vbzyx}"
+            f"render_batch: out has shape {tuple(out_VBZYX.shape)}, "
+            f"but the tables and the group ask for {shape_vbzyx}"
         )
     if not out_VBZYX.is_contiguous() or out_VBZYX.dtype not in (torch.float32, torch.bfloat16):
         raise ValueError("render_batch: out must be contiguous float32 or bfloat16")
