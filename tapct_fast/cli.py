@@ -119,6 +119,16 @@ def _train(args: argparse.Namespace) -> int:
     return 0
 
 
+def _views(args: argparse.Namespace) -> int:
+    config = recipes.override(recipes.recipe(args.recipe), _overrides(args.settings))
+    _existing([args.store], "STORE")
+    from tapct_fast.sheet import PAGE, write_sheets
+
+    write_sheets(args.store, config, args.out, args.sample, recipe=args.recipe)
+    print(f"written: {PAGE} and a PNG for each of {len(args.sample)} samples")
+    return 0
+
+
 def _export(args: argparse.Namespace) -> int:
     from tapct_fast.backbone.export import export_backbone
 
@@ -326,6 +336,30 @@ def _parser() -> _Parser:
     train.add_argument("--device", default=None, help="default: cuda where there is one, else cpu")
     train.set_defaults(run=_train)
 
+    views = verbs.add_parser(
+        "views",
+        help="show what the model sees: views and masks of chosen samples",
+        description="Write a contact sheet of samples of a run, as pictures (PNG) and as one page "
+        "with a table of what was drawn for each view: OUT/views.html.",
+        epilog="Any setting of the recipe can be changed with --group.name VALUE, as in train.",
+    )
+    views.add_argument(
+        "store", type=Path, metavar="STORE", help="folder written by tapct-fast pack"
+    )
+    views.add_argument("--out", type=Path, required=True, metavar="DIR", help="made if absent")
+    views.add_argument(
+        "--recipe", default="vit-s", help=f"{', '.join(recipes.RECIPES)} (default: vit-s)"
+    )
+    views.add_argument(
+        "--sample",
+        type=int,
+        nargs="+",
+        default=[0, 1],
+        metavar="N",
+        help="samples, counted from 0 over the run (default: 0 1)",
+    )
+    views.set_defaults(run=_views)
+
     export = verbs.add_parser(
         "export",
         help="write the teacher of a run as a backbone",
@@ -407,7 +441,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # six times its speed (2 cores, one of them busy: 2.5 instead of 15 samples/s in the debug
         # recipe).
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if args.verb == "train":
+    if args.verb in ("train", "views"):
         args.settings = rest
     elif args.verb == "bench":
         args.words = [*rest, *args.words]

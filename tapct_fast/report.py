@@ -110,7 +110,11 @@ def render_report(report: Report) -> str:
     """Return the page as HTML."""
     limits = "".join(f"<li>{html.escape(limit)}</li>" for limit in report.limits)
     sections = [
-        ("Features", report.figures_text, _figures(report.figures) + _legend(report.legend)),
+        (
+            "Features",
+            report.figures_text,
+            figures_html(report.figures) + legend_html(report.legend),
+        ),
         ("Training", report.curves_text, _curves(report.curves)),
         ("Linear probe", report.scores_text, _scores(report.scores)),
         ("Run", "", _stages(report.stages) + facts_list(report.facts)),
@@ -160,7 +164,8 @@ def _css(color: Rgb) -> str:
     return "#{:02x}{:02x}{:02x}".format(*color)
 
 
-def _figures(figures: Sequence[Figure]) -> str:
+def figures_html(figures: Sequence[Figure]) -> str:
+    """Return figures as HTML, their pictures inside."""
     parts = []
     for figure in figures:
         # Panels of one kind share a width, so that millimetres compare down a column.
@@ -179,7 +184,8 @@ def _panel(panel: Panel) -> str:
     )
 
 
-def _legend(legend: Sequence[tuple[str, Rgb]]) -> str:
+def legend_html(legend: Sequence[tuple[str, Rgb]]) -> str:
+    """Return names (plain text) beside their colours as HTML."""
     items = "".join(
         f'<span><i style="background:{_css(color)}"></i>{html.escape(name)}</span>'
         for name, color in legend
