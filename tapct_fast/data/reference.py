@@ -1,4 +1,4 @@
-"""Views rendered with torch: what faster renderers are held to, and the default on CPU.
+"""Views rendered with torch: the definition that faster renderers are held to.
 
 Shape suffixes: V views, Z Y X voxels of the box or the view, O outputs, I inputs and T taps along
 one axis, N voxels, P pairs of voxels.
