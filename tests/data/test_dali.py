@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from view_cases import ALL, HU, MAX, MEAN, SHAPES, STAGES, boxes_of
 
-from tapct_fast.config import HuConfig, ViewGroupConfig, ViewsConfig, Zyx
+from tapct_fast.config import ViewGroupConfig, ViewsConfig
 from tapct_fast.data.dali import DaliRenderer
 from tapct_fast.data.reference import render
 from tapct_fast.data.rng import generator
@@ -20,34 +21,6 @@ from tapct_fast.errors import InputError
 needs_dali = pytest.mark.skipif(
     find_spec("nvidia") is None or find_spec("nvidia.dali") is None, reason="DALI is not installed"
 )
-HU = HuConfig()
-OFF = ViewsConfig(
-    flip_prob_zyx=(0, 0, 0), window_prob=0, gamma_prob=0, contrast_prob=0, thick_slice_prob=0,
-    noise_prob=0,
-)  # fmt: skip
-ALL = ViewsConfig(
-    flip_prob_zyx=(0.5, 0.5, 0.5),
-    quarter_turn_prob=0.5,
-    gamma_prob=0.5,
-    contrast_prob=0.5,
-    thick_slice_prob=0.5,
-    noise_prob=0.5,
-)
-STAGES = {
-    "resample": OFF,
-    "flips": dataclasses.replace(OFF, flip_prob_zyx=(1, 1, 1)),
-    "turns": dataclasses.replace(OFF, quarter_turn_prob=1),
-    "window": dataclasses.replace(OFF, window_prob=1),
-    "gamma": dataclasses.replace(OFF, gamma_prob=1),
-    "contrast": dataclasses.replace(OFF, contrast_prob=1),
-    "thick slices": dataclasses.replace(OFF, thick_slice_prob=1, thick_slices=(1.0, 20.0)),
-    "blur": OFF,
-    "noise": dataclasses.replace(OFF, noise_prob=1),
-    "all": ALL,
-}
-# The last are thinner than the view, and one voxel: views reach beyond them.
-SHAPES: list[Zyx] = [(30, 90, 80), (9, 40, 37), (3, 12, 14), (1, 30, 2), (1, 1, 1)]
-MAX, MEAN = 1e-3, 1e-5  # z-scores; measured: 1.1e-4 and 5.7e-6, DALI places voxels in float32
 
 
 def groups_of(*, antialias: bool = True, blur: float = 0.5) -> list[ViewGroupConfig]:
@@ -61,13 +34,6 @@ def groups_of(*, antialias: bool = True, blur: float = 0.5) -> list[ViewGroupCon
             blur_prob=(blur, blur),
         )
         for num, size_zyx in ((2, (12, 48, 48)), (3, (4, 16, 16)))
-    ]
-
-
-def boxes_of() -> list[Tensor]:
-    return [
-        torch.from_numpy(generator(n).integers(-1100, 3000, shape).astype(np.int16))
-        for n, shape in enumerate(SHAPES)
     ]
 
 

@@ -1,32 +1,22 @@
 """The CUDA renderer against torch on the CPU. Shape suffixes: V views, B boxes, Z Y X voxels."""
 
 import dataclasses
-from collections.abc import Sequence
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from view_cases import ALL, HU, MAX, MEAN, boxes_of
 
 from tapct_fast import _native
-from tapct_fast.config import HuConfig, ViewGroupConfig, ViewsConfig, Zyx
+from tapct_fast.config import ViewGroupConfig, Zyx
 from tapct_fast.data import native
 from tapct_fast.data.native import render_batch
 from tapct_fast.data.reference import render
 from tapct_fast.data.rng import generator
 from tapct_fast.data.views import ViewTable, draw_views
 
-HU = HuConfig()
-ALL = ViewsConfig(
-    flip_prob_zyx=(0.5, 0.5, 0.5),
-    quarter_turn_prob=0.5,
-    gamma_prob=0.5,
-    contrast_prob=0.5,
-    thick_slice_prob=0.3,
-    noise_prob=0.5,
-)
 SHAPES: list[Zyx] = [(9, 40, 37), (3, 12, 14), (30, 311, 250), (1, 1, 1), (1, 30, 2)]
-MAX, MEAN = 1e-3, 1e-5  # z-scores; all renderers are held to these
 
 
 def group_of(size_zyx: Zyx, *, num: int = 6, antialias: bool = True) -> ViewGroupConfig:
@@ -38,13 +28,6 @@ def group_of(size_zyx: Zyx, *, num: int = 6, antialias: bool = True) -> ViewGrou
         antialias=antialias,
         blur_prob=(0.5, 0.5),
     )
-
-
-def boxes_of(shapes: Sequence[Zyx] = SHAPES) -> list[Tensor]:
-    return [
-        torch.from_numpy(generator(n).integers(-1100, 3000, shape).astype(np.int16))
-        for n, shape in enumerate(shapes)
-    ]
 
 
 def tables_of(group: ViewGroupConfig, boxes: list[Tensor]) -> list[ViewTable]:
@@ -68,7 +51,7 @@ def on_gpu(
 @pytest.mark.parametrize("antialias", [True, False])
 @pytest.mark.parametrize("size_zyx", [(5, 24, 24), (12, 96, 96), (3, 70, 70), (2, 1, 1)])
 def test_the_gpu_agrees_with_torch_on_mixed_shapes(size_zyx: Zyx, antialias: bool) -> None:
-    group, boxes = group_of(size_zyx, antialias=antialias), boxes_of()
+    group, boxes = group_of(size_zyx, antialias=antialias), boxes_of(SHAPES)
     expected_VBZYX = torch.stack(
         [
             render(box, table, group, HU)
@@ -98,13 +81,13 @@ def test_bfloat16_is_the_rounded_float32_on_the_gpu() -> None:
         (5, 24, 24),
         (3, 33, 33),
     ]:  # rows that the four pixels of a store divide or not
-        group, boxes = group_of(size_zyx), boxes_of()
+        group, boxes = group_of(size_zyx), boxes_of(SHAPES)
         assert torch.equal(on_gpu(boxes, group, torch.bfloat16), on_gpu(boxes, group).bfloat16())
 
 
 @pytest.mark.gpu
 def test_a_hundred_renderings_are_equal_to_the_bit() -> None:
-    group, boxes = group_of((5, 40, 40)), boxes_of()
+    group, boxes = group_of((5, 40, 40)), boxes_of(SHAPES)
     first_VBZYX = on_gpu(boxes, group)
     for _ in range(100):
         assert torch.equal(on_gpu(boxes, group), first_VBZYX)
@@ -112,7 +95,7 @@ def test_a_hundred_renderings_are_equal_to_the_bit() -> None:
 
 @pytest.mark.gpu
 def test_views_are_rendered_in_the_order_of_the_current_stream() -> None:
-    group, boxes = group_of((12, 96, 96)), boxes_of()
+    group, boxes = group_of((12, 96, 96)), boxes_of(SHAPES)
     tables, expected_VBZYX = tables_of(group, boxes), on_gpu(boxes, group)
     side = torch.cuda.Stream()
     empty = [torch.zeros_like(box, device="cuda") for box in boxes]
@@ -131,7 +114,7 @@ def test_views_are_rendered_in_the_order_of_the_current_stream() -> None:
 
 @pytest.mark.gpu
 def test_a_view_that_cannot_be_is_refused_before_the_gpu_sees_it() -> None:
-    group, boxes = group_of((5, 24, 24)), boxes_of()
+    group, boxes = group_of((5, 24, 24)), boxes_of(SHAPES)
     tables = tables_of(group, boxes)
     tables[-1].gamma_V[-1] = 0
     out_VBZYX = torch.full((6, len(boxes), 5, 24, 24), torch.nan, device="cuda")
@@ -156,7 +139,7 @@ def call_without_a_device(out_VBZYX: Tensor, boxes: list[Tensor], group: ViewGro
 
 
 def test_wrong_memory_is_refused_by_name() -> None:
-    group, boxes = group_of((5, 24, 24), num=2), boxes_of()
+    group, boxes = group_of((5, 24, 24), num=2), boxes_of(SHAPES)
     good_VBZYX = torch.empty(2, len(boxes), 5, 24, 24)
     with pytest.raises(ValueError, match=r"out has shape \(2, 5, 5, 24, 23\)"):
         call_without_a_device(good_VBZYX[..., :23], boxes, group)
