@@ -96,7 +96,8 @@ class ViewPipeline:
         """Return micro-batch ``micro`` of ``step``: the same at any time and in any process."""
         first = step * self._config.train.batch_size + micro * self._micro_size
         indices = range(first, first + self._micro_size)
-        return self._handed_over(self._batch(step, micro, list(map(self._samples.load, indices))))
+        loaded = list(map(self._samples.load, indices))
+        return self._handed_over(*self._batch(step, micro, loaded))
 
     def stream(self, start_step: int) -> Generator[tuple[ViewBatch, float], None, None]:
         """Yield every micro-batch from ``start_step`` to the end of the run, prepared ahead.
@@ -114,13 +115,13 @@ class ViewPipeline:
             for step in range(start_step, train.num_steps)
             for micro in range(train.accumulate)
         )
-        pending: deque[Future[ViewBatch]] = deque()
+        pending: deque[Future[tuple[ViewBatch, torch.cuda.Event | None]]] = deque()
         readers = Workers(self._num_workers, timeout=train.read_timeout)
         # One torch thread in the worker (the setting is per thread): the others train, and a second
         # one only costs: 8 against 66 ms of CPU per debug sample on two busy cores.
         pool = ThreadPoolExecutor(1, "views", initializer=torch.set_num_threads, initargs=(1,))
 
-        def prepare(step: int, micro: int) -> ViewBatch:
+        def prepare(step: int, micro: int) -> tuple[ViewBatch, torch.cuda.Event | None]:
             first = step * train.batch_size + micro * self._micro_size
             indices = range(first, first + self._micro_size)
             return self._batch(step, micro, readers.map(self._samples.load, indices))
@@ -138,7 +139,8 @@ class ViewPipeline:
 
     def _batch(
         self, step: int, micro: int, loaded: Sequence[tuple[Sample, NDArray[np.int16]]]
-    ) -> ViewBatch:
+    ) -> tuple[ViewBatch, torch.cuda.Event | None]:
+        """Return a batch and, on CUDA, the event after which it is there."""
         tables = [[sample.tables[g] for sample, _ in loaded] for g in range(2)]
         with torch.cuda.stream(self._stream):  # None changes nothing
             boxes = self._to_device([hu_ZYX for _, hu_ZYX in loaded])
@@ -148,7 +150,8 @@ class ViewPipeline:
             ]
             self._render(boxes, tables, views)
             masks = self._masks(step, micro)
-        return ViewBatch(views[0], views[1], *masks, num_samples=len(boxes))
+        batch = ViewBatch(views[0], views[1], *masks, num_samples=len(boxes))
+        return batch, None if self._stream is None else self._stream.record_event()
 
     def _to_device(self, boxes: Sequence[NDArray[np.int16]]) -> list[Tensor]:
         if self._stream is None:
@@ -172,16 +175,18 @@ class ViewPipeline:
             self._mask_law, torch.full((), seed, dtype=torch.int64, device=self._device)
         )
 
-    def _wait_for(self, future: Future[ViewBatch]) -> tuple[ViewBatch, float]:
+    def _wait_for(
+        self, future: Future[tuple[ViewBatch, torch.cuda.Event | None]]
+    ) -> tuple[ViewBatch, float]:
         start = time.perf_counter()
-        batch = self._handed_over(future.result())
+        batch = self._handed_over(*future.result())
         return batch, time.perf_counter() - start
 
-    def _handed_over(self, batch: ViewBatch) -> ViewBatch:
-        """Order the consumer's stream after ours; nothing waits on the host."""
-        if self._stream is not None:
+    def _handed_over(self, batch: ViewBatch, event: torch.cuda.Event | None) -> ViewBatch:
+        """Let the consumer's stream wait for this batch, not for those after it."""
+        if event is not None:
             current = torch.cuda.current_stream(self._device)
-            current.wait_stream(self._stream)
+            current.wait_event(event)
             for tensor in batch[:-1]:
                 assert isinstance(tensor, Tensor)
                 tensor.record_stream(current)

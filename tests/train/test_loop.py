@@ -24,6 +24,7 @@ from tapct_fast.io.store import Store
 from tapct_fast.train.loop import choose_backend, train, uniform_loss
 
 Loaded = Sequence[tuple[Sample, NDArray[np.int16]]]
+Made = tuple[ViewBatch, torch.cuda.Event | None]
 TIMED = {"samples_per_s", "data_wait"}  # measured, not computed
 
 
@@ -51,7 +52,7 @@ def finished(
 def fail_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     make = ViewPipeline._batch
 
-    def failing(self: ViewPipeline, at: int, micro: int, loaded: Loaded) -> ViewBatch:
+    def failing(self: ViewPipeline, at: int, micro: int, loaded: Loaded) -> Made:
         if at == step:
             raise StoreError("the disk went away")
         return make(self, at, micro, loaded)
@@ -198,11 +199,11 @@ def test_a_loss_that_is_not_finite_names_the_step_and_leaves_the_last_checkpoint
 ) -> None:
     make = ViewPipeline._batch
 
-    def poisoned(self: ViewPipeline, step: int, micro: int, loaded: Loaded) -> ViewBatch:
-        batch = make(self, step, micro, loaded)
+    def poisoned(self: ViewPipeline, step: int, micro: int, loaded: Loaded) -> Made:
+        batch, event = make(self, step, micro, loaded)
         if (step, micro) == (4, 1):
             batch.global_VBZYX[0, 0, 0, 0, 0] = torch.nan
-        return batch
+        return batch, event
 
     with monkeypatch.context() as patch:
         patch.setattr(ViewPipeline, "_batch", poisoned)
