@@ -14,7 +14,7 @@ FOLDER = Path(__file__).resolve().parent
 # The most valuable rows first, for machines that are lent for minutes; the others follow by name.
 ORDER = (
     *("ceilings", "sinkhorn", "prototype_cross_entropy", "residual_norm", "patch_embed"),
-    *("attention", "masked_gather", "block_masks", "mlp", "ema"),
+    *("views", "attention", "masked_gather", "block_masks", "mlp", "ema"),
 )
 State = Literal["current", "stale", "missing"]
 
@@ -45,7 +45,7 @@ def subjects() -> list[Subject]:
             continue
         text = (ast.get_docstring(ast.parse(source)) or "").partition("\n\n")[0]
         is_op = "op_bench(" in source
-        # The others read files, which no GPU does.
+        # Most others read files, which no GPU does.
         devices: tuple[Device, ...] = ("cpu", "cuda") if '"cuda"' in source or is_op else ("cpu",)
         found.append(Subject(path.stem, " ".join(text.split()), devices, is_op))
     return sorted(found, key=lambda s: (_rank(s.name), not s.is_op, s.name))

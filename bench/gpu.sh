@@ -110,7 +110,8 @@ benches() {
 
 # Kernels under compute-sanitizer, one draw of each: about a hundred times slower than without.
 sanitize() {
-  local tool sanitizer log=$OUT/sanitize.log
+  local tool sanitizer log=$OUT/sanitize.log folders=(tests/kernels)
+  has_native && folders+=(tests/data/test_native_gpu.py)
   sanitizer=$(PATH=${CUDA_HOME:-/usr/local/cuda}/bin:$PATH command -v compute-sanitizer)
   if [ -z "$sanitizer" ]; then
     skip "sanitize: no compute-sanitizer in CUDA_HOME/bin or on PATH"
@@ -134,7 +135,8 @@ sanitize() {
     # Without torch's cache each tensor is an allocation, so that memcheck knows where it ends.
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 TAPCT_DRAWS=1 timeout --signal=INT --kill-after=10 "$(left)" \
       "$sanitizer" --tool "$tool" --error-exitcode 1 \
-      "$python" -m pytest -q -x tests/kernels -m gpu -k kernels_in_bfloat16 2>&1 | tee -a "$log"
+      "$python" -m pytest -q -x "${folders[@]}" -m gpu \
+      -k "kernels_in_bfloat16 or bfloat16_is_the_rounded_float32_on_the_gpu" 2>&1 | tee -a "$log"
     case ${PIPESTATUS[0]} in
       0) ;;
       124 | 137) skip "sanitize, $tool: not done when the ${TAPCT_TOTAL_S:-530} s were over" ;;
