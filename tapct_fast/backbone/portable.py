@@ -1,9 +1,9 @@
 """Backbones as files that run without this library: an AOTInductor ``.pt2``, an ONNX graph.
 
 Both take normalised float32 ``pixel_values`` (B, 1, Z, Y, X) and give the cls token and the patch
-tokens, normed. Batch and depth are free, the plane is that of the trained positions. The graph holds
-PyTorch's own ops only; what a caller must know of the input (patch, plane, HU constants) is stored
-in the file as JSON under ``tapct``.
+tokens, normed. Batch and depth are free, the plane is that of the trained positions. The graph
+holds PyTorch's own ops only; what a caller must know of the input (patch, plane, HU constants) is
+stored in the file as JSON under ``tapct``.
 
 Shape suffixes: B batch, C channels (one), Z Y X voxels, L patch tokens in z, y, x order, T = prefix
 + L, D width, K voxels of a patch, H heads, W head width.
@@ -11,6 +11,7 @@ Shape suffixes: B batch, C channels (one), Z Y X voxels, L patch tokens in z, y,
 
 import contextlib
 import copy
+import dataclasses
 import json
 import tempfile
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import InvalidCxxCompiler
 
 from tapct_fast.backbone.backbone import Backbone
-from tapct_fast.config import Zyx
+from tapct_fast.config import HuConfig, Zyx
 from tapct_fast.errors import BackboneError, InputError
 from tapct_fast.io.atomic import fsync_path
 from tapct_fast.model.vit import Vit
@@ -71,20 +72,21 @@ class PortableVit(nn.Module):
         vit = self.vit
         z, y, x = vit.config.patch_zyx
         grid_zyx = (x_BCZYX.shape[2] // z, x_BCZYX.shape[3] // y, x_BCZYX.shape[4] // x)
-        split = x_BCZYX.squeeze(1).unflatten(3, (-1, x)).unflatten(2, (-1, y)).unflatten(1, (-1, z))
+        batch, (gz, gy, gx) = x_BCZYX.shape[0], grid_zyx
+        split = x_BCZYX.reshape(batch, gz, z, gy, y, gx, x)
         rows_BLK = split.permute(0, 1, 3, 5, 2, 4, 6).flatten(4).flatten(1, 3)
         proj = vit.patch_embed.proj
         patches_BLD = F.linear(rows_BLK, proj.weight.flatten(1), proj.bias)
         prefix_RD = vit.cls_token[0] + vit.pos_embed[0, :1]
         if vit.config.num_registers:
             prefix_RD = torch.cat([prefix_RD, vit.register_tokens[0]])
-        prefix_BRD = prefix_RD.expand(x_BCZYX.shape[0], -1, -1)
+        prefix_BRD = prefix_RD.expand(batch, -1, -1)
         return torch.cat([prefix_BRD, patches_BLD + self._positions(grid_zyx)], dim=1)
 
     def _positions(self, grid_zyx: Zyx) -> Tensor:
         """Interpolate to every grid: a graph has no branch, and on the learned grid it is exact."""
         vit = self.vit
-        volume_1DZYX = vit.pos_embed[:, 1:].mT.unflatten(2, vit.config.grid_zyx)
+        volume_1DZYX = vit.pos_embed[:, 1:].mT.reshape(1, -1, *vit.config.grid_zyx)
         return F.interpolate(volume_1DZYX, size=grid_zyx, mode="trilinear").flatten(2).mT
 
 
@@ -124,8 +126,8 @@ def exported_program(
 def export_pt2(backbone: Backbone, path: Path, *, example_slices: int | None = None) -> Path:
     """Compile a backbone with AOTInductor; ``load_pt2`` or plain PyTorch runs the file.
 
-    The file holds machine code for the device of the backbone and, on a CPU, for the instruction set
-    of this machine.
+    The file holds machine code for the device of the backbone and, on a CPU, for the instruction
+    set of this machine.
 
     Args:
         backbone: What to export; the file computes in float32.
@@ -135,7 +137,7 @@ def export_pt2(backbone: Backbone, path: Path, *, example_slices: int | None = N
     Raises:
         InputError: ``path`` or ``example_slices`` is wrong, or there is no C++ compiler.
     """
-    _require_suffix(path, ".pt2")
+    require_suffix(path, ".pt2")
     try:
         get_cpp_compiler()
     except InvalidCxxCompiler:
@@ -156,7 +158,7 @@ class Pt2Backbone:
     Attributes:
         patch_zyx: Voxels of a patch.
         plane_yx: The one size of the plane.
-        hu: ``clip``, ``mean`` and ``std`` that normalise HU.
+        hu: Clip range, mean and standard deviation that normalise HU.
         pad_hu: Value of padding, in HU.
     """
 
@@ -164,7 +166,7 @@ class Pt2Backbone:
         self._model = model
         self.patch_zyx: Zyx = tuple(facts["patch_zyx"])
         self.plane_yx: tuple[int, int] = tuple(facts["plane_yx"])
-        self.hu: dict[str, Any] = facts["hu"]
+        self.hu = HuConfig(**{**facts["hu"], "clip": tuple(facts["hu"]["clip"])})
         self.pad_hu: float = facts["pad_hu"]
 
     def __call__(self, pixel_values: Tensor) -> PortableOutput:
@@ -199,7 +201,9 @@ def load_pt2(path: Path) -> Pt2Backbone:
         model = torch._inductor.aoti_load_package(str(path))
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
-        raise BackboneError(f"the .pt2 does not load, export it on this machine: {reason}") from None
+        raise BackboneError(
+            f"the .pt2 does not load, export it on this machine: {reason}"
+        ) from None
     metadata = model.get_metadata()
     if _FACTS not in metadata:
         raise BackboneError("the .pt2 is not a backbone; write one with export_pt2")
@@ -218,7 +222,7 @@ def export_onnx(backbone: Backbone, path: Path) -> Path:
     Raises:
         InputError: ``path`` is wrong, or the ``onnx`` extra is not installed.
     """
-    _require_suffix(path, ".onnx")
+    require_suffix(path, ".onnx")
     try:
         import onnxscript  # noqa: F401 - torch.onnx needs it and says so less clearly
     except ImportError:
@@ -257,16 +261,17 @@ def _facts(backbone: Backbone) -> dict[str, Any]:
     return {
         "patch_zyx": config.patch_zyx,
         "plane_yx": config.image_zyx[1:],
-        "hu": {
-            "clip": preprocess.hu.clip,
-            "mean": preprocess.hu.mean,
-            "std": preprocess.hu.std,
-        },
+        "hu": dataclasses.asdict(preprocess.hu),
         "pad_hu": preprocess.pad_hu,
     }
 
 
-def _require_suffix(path: Path, suffix: str) -> None:
+def require_suffix(path: Path, suffix: str) -> None:
+    """Refuse a name that no reader of the format would take.
+
+    Raises:
+        InputError: Another suffix, or a folder.
+    """
     if path.suffix != suffix or path.is_dir():
         raise InputError(f"OUT is not the name of a {suffix} file; name one that ends in {suffix}")
 
