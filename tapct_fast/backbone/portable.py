@@ -201,9 +201,7 @@ def load_pt2(path: Path) -> Pt2Backbone:
         model = torch._inductor.aoti_load_package(str(path))
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
-        raise BackboneError(
-            f"the .pt2 does not load, export it on this machine: {reason}"
-        ) from None
+        raise BackboneError(f"the .pt2 does not load here; export it again: {reason}") from None
     metadata = model.get_metadata()
     if _FACTS not in metadata:
         raise BackboneError("the .pt2 is not a backbone; write one with export_pt2")
