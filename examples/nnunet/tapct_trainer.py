@@ -65,15 +65,25 @@ class TapctTrainer(PretrainedTrainer_Primus):
 
     @staticmethod
     def build_network_architecture(
-        architecture_class_name: str,  # noqa: ARG004 - nnU-Net's signature
-        arch_init_kwargs: dict[str, Any],
-        arch_init_kwargs_req_import: list[str],  # noqa: ARG004
-        input_patch_size: tuple[int, ...],
-        num_input_channels: int,
-        num_output_channels: int,
+        plans_manager: Any = None,  # noqa: ARG004 - its name tells nnU-Net which form to call
+        configuration_manager: Any = None,
+        num_input_channels: int = 1,
+        num_output_channels: int = 2,
         enable_deep_supervision: bool = False,  # noqa: ARG004
+        *,
+        architecture_class_name: str = "",  # noqa: ARG004
+        arch_init_kwargs: dict[str, Any] | None = None,
+        arch_init_kwargs_req_import: list[str] | None = None,  # noqa: ARG004
+        input_patch_size: tuple[int, ...] = (),
     ) -> nn.Module:
-        """Build the network of the plan; nnU-Net loads the weights into it."""
+        """Build the network of the plan, in which nnU-Net puts the weights.
+
+        Inference calls with the managers, fine-tuning with what it took from them.
+        """
+        if configuration_manager is not None:
+            arch_init_kwargs = configuration_manager.network_arch_init_kwargs
+            input_patch_size = configuration_manager.patch_size
+        assert arch_init_kwargs is not None
         return build_network(
             arch_init_kwargs, num_input_channels, num_output_channels, input_patch_size
         )

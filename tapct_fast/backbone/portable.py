@@ -95,14 +95,18 @@ def _scaled(branch_BTD: Tensor, gamma_D: Tensor | None) -> Tensor:
 
 
 def exported_program(
-    backbone: Backbone, *, example_slices: int | None = None
+    backbone: Backbone,
+    *,
+    example_slices: int | None = None,
+    device: torch.device | str | None = None,
 ) -> torch.export.ExportedProgram:
     """Return the graph of a backbone in float32, whatever the backbone's own precision.
 
     Args:
-        backbone: Its device is the graph's.
+        backbone: What to export.
         example_slices: Depth to trace with; sizes near it are what a compiler tunes for. None takes
             the trained depth.
+        device: Where the graph runs; None takes the backbone's.
 
     Raises:
         InputError: The depth is not a multiple of the patch, or holds too few patches.
@@ -115,11 +119,11 @@ def exported_program(
             f"example_slices={example_slices} is not a multiple of the patch's {patch_z} slices, "
             f"{MIN_GRID_Z} at least"
         )
-    pixels = torch.zeros(2, 1, example_slices, *image_zyx[1:], device=backbone.device)
+    model = PortableVit(backbone.vit).to(device or backbone.device)
+    pixels = torch.zeros(2, 1, example_slices, *image_zyx[1:], device=model.vit.cls_token.device)
     grid_z = torch.export.Dim("grid_z", min=MIN_GRID_Z)
     depth = patch_z * grid_z if patch_z > 1 else grid_z
     free = {0: torch.export.Dim("batch", min=1), 2: depth}
-    model = PortableVit(backbone.vit)
     return torch.export.export(model, (pixels,), dynamic_shapes={"pixel_values": free})
 
 
@@ -226,7 +230,7 @@ def export_onnx(backbone: Backbone, path: Path) -> Path:
     except ImportError:
         raise InputError("ONNX needs an extra; run pip install 'tapct-fast[onnx]'") from None
     written = torch.onnx.export(
-        exported_program(backbone),
+        exported_program(backbone, device="cpu"),
         dynamo=True,
         verbose=False,
         input_names=["pixel_values"],

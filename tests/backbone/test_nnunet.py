@@ -137,9 +137,14 @@ def test_nnunet_loads_it_into_the_network_of_our_trainer(
     file = export_nnunet(backbone, tmp_path / "a.pth")
     plan = torch.load(file, weights_only=True)["nnssl_adaptation_plan"]
     arch, patch_size = plan["architecture_plans"], [slices, 32, 32]
-    network = module.TapctTrainer.build_network_architecture(
-        *(arch["arch_class_name"], arch["arch_kwargs"], arch["arch_kwargs_requiring_import"]),
-        *(patch_size, channels, 3, False),
+    network = module.TapctTrainer.build_network_architecture(  # as nnU-Net calls it
+        architecture_class_name=arch["arch_class_name"],
+        arch_init_kwargs=arch["arch_kwargs"],
+        arch_init_kwargs_req_import=arch["arch_kwargs_requiring_import"],
+        input_patch_size=patch_size,
+        num_input_channels=channels,
+        num_output_channels=3,
+        enable_deep_supervision=False,
     )
     network, _ = module.TapctTrainer.load_pretrained_weights(
         *(network, str(file), plan["pretrain_num_input_channels"], channels),
