@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from tapct_fast.backbone.export import export_backbone
     from tapct_fast.backbone.load import load_backbone
     from tapct_fast.backbone.load_scans import LoadedScans, load_for_tapct
+    from tapct_fast.backbone.processor import TAPCTProcessor
     from tapct_fast.config import Config
     from tapct_fast.downstream.embed import embed_scans
     from tapct_fast.downstream.encode import embed_volume, encode_scan
@@ -43,6 +44,7 @@ _HOMES = {
     "Report": "io.findings",
     "Store": "io.store",
     "TAPCTModel": "backbone.backbone",
+    "TAPCTProcessor": "backbone.processor",
     "TapctError": "errors",
     "Volume": "io.volume",
     "check_series": "io.read",
@@ -76,6 +78,7 @@ __all__ = [
     "Report",
     "Store",
     "TAPCTModel",
+    "TAPCTProcessor",
     "TapctError",
     "Volume",
     "check_series",

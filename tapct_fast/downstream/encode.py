@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tapct_fast.backbone.backbone import Backbone, BackboneOutput
-from tapct_fast.backbone.preprocess import pad_end
+from tapct_fast.backbone.preprocess import pad_end, token_affine
 from tapct_fast.config import Zyx
 from tapct_fast.downstream.features import Features
 from tapct_fast.downstream.windows import Blend, Blending, tile
@@ -218,10 +218,3 @@ def _zyx(sizes: Any) -> Zyx:
 def _box(start_zyx: Zyx, window_zyx: Zyx, patch_zyx: Zyx) -> tuple[slice, ...]:
     spans = zip(start_zyx, window_zyx, patch_zyx, strict=True)
     return (slice(None), *(slice(s * p, (s + w) * p) for s, w, p in spans))
-
-
-def token_affine(patch_zyx: Zyx) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Return the map from token index (x, y, z, 1) to the pixel index of its patch's centre."""
-    affine = np.diag([*patch_zyx[::-1], 1.0])
-    affine[:3, 3] = [(p - 1) / 2 for p in patch_zyx[::-1]]
-    return affine
