@@ -53,6 +53,7 @@ def test_the_export_computes_what_the_run_computed(
         "model.safetensors",
         "config.json",
         "preprocessor.json",
+        "preprocessor_config.json",
     }
     backbone = load_backbone(out)
     run = make_run(2)
