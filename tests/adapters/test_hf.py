@@ -16,11 +16,12 @@ from tapct_fast.backbone.load import default_preprocess, load_backbone
 from tapct_fast.config import VitConfig
 from tapct_fast.errors import BackboneError, InputError
 
-transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+pytest.importorskip("transformers", reason="transformers is not installed")
 
-from transformers import AutoConfig, AutoImageProcessor, AutoModel  # noqa: E402  # after the skip
+from transformers import AutoConfig, AutoImageProcessor, AutoModel
+from transformers.utils import ModelOutput
 
-from tapct_fast.adapters import hf  # noqa: E402  # it needs transformers
+from tapct_fast.adapters import hf
 
 FORMS = ["released", "exported"]
 
@@ -57,7 +58,7 @@ def test_auto_classes_compute_what_load_backbone_computes(
     assert torch.equal(out["pooler_output"], expected.pooler_output)
     assert torch.equal(out.registers, expected.registers)
     assert out.grid == expected.grid == (2, 4, 4)
-    assert isinstance(out, transformers.utils.ModelOutput)
+    assert isinstance(out, ModelOutput)
     assert out[0] is out.last_hidden_state
     assert len(out.hidden_states) == 2
     for hidden, wanted in zip(out.hidden_states, expected.hidden_states, strict=True):
