@@ -74,7 +74,7 @@ def test_lora_on_a_backbone_trains_and_merges(
 def test_the_patch_projection_is_refused_by_peft_and_not_adapted_in_silence(
     backbone: Backbone,
 ) -> None:
-    with pytest.raises(ValueError, match="PatchProjection.* is not supported"):
+    with pytest.raises(ValueError, match=r"PatchProjection.* is not supported"):
         get_peft_model(backbone, LoraConfig(target_modules=["qkv", "proj"]))
 
 
