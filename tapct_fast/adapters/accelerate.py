@@ -120,6 +120,8 @@ def _check_parts(block: Any, name: str) -> None:
 
 def _forward(block: Any, x_BTD: Tensor) -> Tensor:
     """Run a foreign block by our ops."""
+    if not isinstance(x_BTD, Tensor):
+        raise InputError("accelerate: a list of crops of several sizes is not computed; give one")
     if block.training and (why := _randomness(block)):
         raise InputError(
             f"accelerate: {why} is not computed in training; set it to 0, or call eval()"

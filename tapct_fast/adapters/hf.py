@@ -47,8 +47,10 @@ try:
     from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
     from transformers.modeling_outputs import ModelOutput
     from transformers.utils import cached_file
-except ImportError:
-    raise InputError("this adapter needs transformers: pip install 'tapct-fast[hf]'") from None
+except ImportError as error:
+    raise InputError(
+        f"this adapter needs transformers: pip install 'tapct-fast[hf]' ({error})"
+    ) from None
 
 _INITIAL_SEED = 0
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "token")

@@ -23,8 +23,8 @@ try:
     from monai.config import KeysCollection
     from monai.data import MetaTensor
     from monai.transforms import MapTransform
-except ImportError:
-    raise InputError("this adapter needs MONAI: pip install monai") from None
+except ImportError as error:
+    raise InputError(f"this adapter needs MONAI: pip install monai ({error})") from None
 
 
 class TapctPreprocessd(MapTransform):  # type: ignore[misc]  # untyped base

@@ -248,6 +248,26 @@ def test_the_processor_takes_integers_and_refuses_what_is_not_hu(exported: Path)
         processor([hu])
 
 
+def test_of_a_repository_only_data_files_are_downloaded(
+    released: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, object] = {}
+
+    def snapshot_download(repo: str, **arguments: object) -> str:
+        asked.update(arguments, repo=repo)
+        return str(released)
+
+    monkeypatch.setattr(hf, "snapshot_download", snapshot_download)
+    model = hf.TAPCTModel.from_pretrained("owner/name", revision="v1", token="t")
+    assert model.config.hidden_size == 128
+    assert asked == {
+        "repo": "owner/name",
+        "revision": "v1",
+        "token": "t",
+        "allow_patterns": ["model.safetensors", "config.json", "preprocessor.json"],
+    }
+
+
 def test_a_repository_that_is_not_there_is_an_input_error() -> None:
     with pytest.raises(InputError, match="no such folder, and the hub has no"):
         hf.TAPCTModel.from_pretrained("nobody/nothing", local_files_only=True)
