@@ -1,7 +1,10 @@
 """A small backbone, its folders, and HU to encode."""
 
+import contextlib
 import dataclasses
 import json
+import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,14 @@ from tapct_fast.backbone.export import save_backbone
 from tapct_fast.backbone.load import default_preprocess
 from tapct_fast.config import VitConfig
 from tapct_fast.model.vit import Vit
+
+# The one of PyPI, built for CUDA, beside a CPU torch (timm brings it) cannot be imported, nor can
+# transformers, which takes it where it is found; nothing here needs it.
+with contextlib.suppress(ModuleNotFoundError):
+    try:
+        import_module("torchvision")
+    except RuntimeError:
+        sys.modules["torchvision"] = None
 
 
 @pytest.fixture
