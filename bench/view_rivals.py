@@ -31,6 +31,7 @@ def rivals(
 ) -> tuple[dict[str, TenViews], dict[str, str]]:
     """Return the rivals that are installed, and why the others are absent."""
     makers: dict[str, tuple[str, Callable[..., TenViews]]] = {
+        "torch interpolate": ("torch", _torch),
         "MONAI": ("monai", _monai),
         "TorchIO": ("torchio", _torchio),
         "batchgeneratorsv2": ("batchgeneratorsv2", partial(_batchgenerators, shape_zyx=shape_zyx)),
@@ -85,6 +86,7 @@ def _crop(hu_ZYX: Tensor, group: ViewGroupConfig) -> Tensor:
 def _monai(law: ViewsConfig, groups: Sequence[ViewGroupConfig], hu: HuConfig) -> TenViews:
     """All by MONAI; it has no random resized crop with an area, so each side is drawn alone."""
     t: Any = import_module("monai.transforms")
+    import_module("monai.data").set_track_meta(False)  # metadata would cost a fifth more
     gain, offset = _z_score(hu)
 
     def view(group: ViewGroupConfig) -> Any:
@@ -212,21 +214,41 @@ def _batchgenerators(
     return lambda hu_ZYX: ten_views(hu_ZYX.float())  # once for all views
 
 
+def _torch(law: ViewsConfig, groups: Sequence[ViewGroupConfig], hu: HuConfig) -> TenViews:
+    """All by torch, as one writes it without a library."""
+
+    def flip(volume: Tensor) -> Tensor:
+        axes = [2 + axis for axis, prob in enumerate(law.flip_prob_zyx) if RNG.uniform() < prob]
+        return volume.flip(axes) if axes else volume
+
+    return _interpolated(law, groups, hu, flip)
+
+
 def _kornia(law: ViewsConfig, groups: Sequence[ViewGroupConfig], hu: HuConfig) -> TenViews:
     """Flips by kornia, the rest by torch: kornia does not resize, blur or add noise in 3D."""
     k: Any = import_module("kornia.augmentation")
-    gain, offset = _z_score(hu)
     flips = torch.nn.Sequential(
         k.RandomDepthicalFlip3D(p=law.flip_prob_zyx[0]),
         k.RandomVerticalFlip3D(p=law.flip_prob_zyx[1]),
         k.RandomHorizontalFlip3D(p=law.flip_prob_zyx[2]),
     )
+    return _interpolated(law, groups, hu, flips)
+
+
+def _interpolated(
+    law: ViewsConfig,
+    groups: Sequence[ViewGroupConfig],
+    hu: HuConfig,
+    flip: Callable[[Tensor], Tensor],
+) -> TenViews:
+    """Crop at whole voxels, ``interpolate``, ``flip``, and the rest in place."""
+    gain, offset = _z_score(hu)
 
     def view(group: ViewGroupConfig) -> Callable[[Tensor], Any]:
         def render(hu_ZYX: Tensor) -> Tensor:
             part = _crop(hu_ZYX, group)[None, None].float()
             unit = functional.interpolate(part, group.size_zyx, mode="trilinear")
-            unit = flips(unit).sub_(hu.clip[0]).div_(hu.clip[1] - hu.clip[0]).clamp_(0, 1)
+            unit = flip(unit).sub_(hu.clip[0]).div_(hu.clip[1] - hu.clip[0]).clamp_(0, 1)
             if RNG.uniform() < law.gamma_prob:
                 unit.pow_(_log_uniform(law.gamma))
             if RNG.uniform() < law.contrast_prob:
@@ -244,14 +266,16 @@ def _kornia(law: ViewsConfig, groups: Sequence[ViewGroupConfig], hu: HuConfig) -
 
 
 def _blur(volume: Tensor, sigma: float) -> Tensor:
-    """Blur along three axes by convolutions."""
+    """Blur along three axes by shifted sums, which take a third of the time of conv3d."""
     reach = math.ceil(3 * sigma)
-    weights = torch.exp(-0.5 * (torch.arange(-reach, reach + 1) / sigma) ** 2)
+    weights = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)
     weights /= weights.sum()
     for axis in range(3):
-        shape, padding = [1, 1, 1], [0] * 6
-        shape[axis] = len(weights)
+        padding = [0] * 6
         padding[4 - 2 * axis] = padding[5 - 2 * axis] = reach
         padded = functional.pad(volume, padding, mode="reflect")
-        volume = functional.conv3d(padded, weights.view(1, 1, *shape))
+        size = volume.shape[2 + axis]
+        volume = padded.narrow(2 + axis, 0, size) * float(weights[0])
+        for shift, weight in enumerate(weights[1:], 1):
+            volume.add_(padded.narrow(2 + axis, shift, size), alpha=float(weight))
     return volume

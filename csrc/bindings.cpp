@@ -24,6 +24,7 @@
 #include "tapct/nifti.hpp"
 #include "tapct/pixels.hpp"
 #include "tapct/views.hpp"
+#include "tapct/vit_ops.hpp"
 #include "tapct/voxels.hpp"
 
 namespace py = pybind11;
@@ -426,12 +427,62 @@ void define_render_views(py::module_& m) {
         py::arg("clip"), py::arg("mean"), py::arg("std"), py::arg("num_threads"));
 }
 
+using Bf16 = py::array_t<std::uint16_t, py::array::c_style>;
+
+void attention_amx(const Bf16& qkv_NT3HK, Bf16& out_NTHK, std::size_t num_threads) {
+  const auto shape = shape_of<5>(qkv_NT3HK, "attention_amx: qkv_NT3HK must have five axes");
+  const auto out_shape = shape_of<4>(out_NTHK, "attention_amx: out_NTHK must have four axes");
+  if (shape[2] != 3 || shape[4] != tapct::head_width ||
+      out_shape != std::array<std::size_t, 4>{shape[0], shape[1], shape[3], shape[4]}) {
+    throw std::invalid_argument(
+        "attention_amx: qkv and out are not (N, T, 3, H, 64), (N, T, H, 64)");
+  }
+  const std::uint16_t* qkv = qkv_NT3HK.data();
+  std::uint16_t* out = out_NTHK.mutable_data();
+  const py::gil_scoped_release release;
+  tapct::attention_amx(qkv, out, shape[0], shape[1], shape[3], num_threads);
+}
+
+void add_norm(Params& x_ND, const std::optional<Bf16>& branch_ND, const Params& weight_D,
+              const Params& bias_D, float eps, Bf16& out_ND, std::size_t num_threads) {
+  const auto shape = shape_of<2>(x_ND, "add_norm: x_ND must have two axes");
+  const std::array<std::size_t, 1> width{shape[1]};
+  if (shape_of<2>(out_ND, "add_norm: out_ND must have two axes") != shape ||
+      (branch_ND && shape_of<2>(*branch_ND, "add_norm: branch_ND must have two axes") != shape) ||
+      shape_of<1>(weight_D, "add_norm: weight_D must have one axis") != width ||
+      shape_of<1>(bias_D, "add_norm: bias_D must have one axis") != width) {
+    throw std::invalid_argument("add_norm: the arrays do not have one shape");
+  }
+  float* x = x_ND.mutable_data();
+  const std::uint16_t* branch = branch_ND ? branch_ND->data() : nullptr;
+  std::uint16_t* out = out_ND.mutable_data();
+  const float* weight = weight_D.data();
+  const float* bias = bias_D.data();
+  const py::gil_scoped_release release;
+  tapct::add_norm(x, branch, weight, bias, eps, out, shape[0], shape[1], num_threads);
+}
+
+void gelu(Bf16& x, std::size_t num_threads) {
+  std::uint16_t* values = x.mutable_data();
+  const auto count = static_cast<std::size_t>(x.size());
+  const py::gil_scoped_release release;
+  tapct::gelu(values, count, num_threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "Native readers of tapct_fast; use tapct_fast.io instead.";
   py::register_exception_translator(&translate);
   m.attr("has_cuda") = static_cast<bool>(TAPCT_HAS_CUDA);
+  m.def("has_amx", &tapct::has_amx);
+  m.def("has_avx512_bf16", &tapct::has_avx512_bf16);
+  m.def("attention_amx", &attention_amx, py::arg("qkv_NT3HK").noconvert(),
+        py::arg("out_NTHK").noconvert(), py::arg("num_threads"));
+  m.def("add_norm", &add_norm, py::arg("x_ND").noconvert(), py::arg("branch_ND").noconvert(),
+        py::arg("weight_D").noconvert(), py::arg("bias_D").noconvert(), py::arg("eps"),
+        py::arg("out_ND").noconvert(), py::arg("num_threads"));
+  m.def("gelu", &gelu, py::arg("x").noconvert(), py::arg("num_threads"));
 
   py::class_<NiftiImage, std::shared_ptr<NiftiImage>>(
       m, "NiftiImage", py::metaclass(reinterpret_cast<PyObject*>(&PyType_Type)))

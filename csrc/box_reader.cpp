@@ -422,9 +422,10 @@ struct BoxReader::Impl {
     } catch (const StoreError& error) {
       throw StoreError(name + ": " + error.what() + way_out);
     } catch (const std::system_error& error) {
-      forget(index);  // who tries again opens the file anew: a handle of a remounted disk stays stale
-      throw StoreReadError(name + ": " + error.code().message() +
-                           "; check the disk, or" + way_out.substr(1));
+      forget(
+          index);  // who tries again opens the file anew: a handle of a remounted disk stays stale
+      throw StoreReadError(name + ": " + error.code().message() + "; check the disk, or" +
+                           way_out.substr(1));
     }
   }
 };

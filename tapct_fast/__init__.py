@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tapct_fast.backbone.backbone import TAPCTModel
     from tapct_fast.backbone.export import export_backbone
     from tapct_fast.backbone.load import load_backbone
     from tapct_fast.backbone.load_scans import LoadedScans, load_for_tapct
@@ -40,6 +41,7 @@ _HOMES = {
     "LoadedScans": "backbone.load_scans",
     "Report": "io.findings",
     "Store": "io.store",
+    "TAPCTModel": "backbone.backbone",
     "TapctError": "errors",
     "Volume": "io.volume",
     "check_series": "io.read",
@@ -71,6 +73,7 @@ __all__ = [
     "LoadedScans",
     "Report",
     "Store",
+    "TAPCTModel",
     "TapctError",
     "Volume",
     "check_series",

@@ -8,6 +8,7 @@ import argparse
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -133,8 +134,20 @@ def _export(args: argparse.Namespace) -> int:
     from tapct_fast.backbone.export import export_backbone
 
     _existing([args.run_dir], "RUN")
-    export_backbone(args.run_dir, args.out, which=args.which)
-    print("exported: model.safetensors, config.json and preprocessor.json in OUT")
+    if args.format == "folder":
+        export_backbone(args.run_dir, args.out, which=args.which)
+        print("exported: model.safetensors, config.json and preprocessor.json in OUT")
+        return 0
+    from tapct_fast.backbone.load import load_backbone
+    from tapct_fast.backbone.nnunet import export_nnunet
+    from tapct_fast.backbone.portable import export_onnx, export_pt2
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = export_backbone(args.run_dir, Path(name, "backbone"), which=args.which)
+        backbone = load_backbone(folder)
+        write = {"pt2": export_pt2, "onnx": export_onnx, "nnunet": export_nnunet}[args.format]
+        write(backbone, args.out)
+    print(f"exported: OUT, {args.format}")
     return 0
 
 
@@ -363,11 +376,19 @@ def _parser() -> _Parser:
     export = verbs.add_parser(
         "export",
         help="write the teacher of a run as a backbone",
-        description="Write model.safetensors, config.json and preprocessor.json to OUT.",
+        description="Write model.safetensors, config.json and preprocessor.json to OUT, "
+        "or one file for another program; docs/export.md says what each holds.",
     )
     export.add_argument("run_dir", type=Path, metavar="RUN", help="run folder or one checkpoint")
     export.add_argument("out", type=Path, metavar="OUT")
     export.add_argument("--which", choices=("teacher", "student"), default="teacher")
+    export.add_argument(
+        "--format",
+        choices=("folder", "pt2", "onnx", "nnunet"),
+        default="folder",
+        help="folder: for this library (default); pt2: compiled for PyTorch on this CPU; "
+        "onnx: for ONNX Runtime; nnunet: a .pth to fine-tune from",
+    )
     export.set_defaults(run=_export)
 
     embed = verbs.add_parser(

@@ -183,7 +183,7 @@ def _evaluate(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     trained = load_backbone(folder, device=device)
     start = init_method(config).student.backbone
-    untrained = Backbone(start, trained.preprocess, dtype=trained.dtype).to(device).eval()
+    untrained = Backbone(start, trained.preprocess, precision=trained.precision).to(device).eval()
     volumes = [read_volume(scan) for scan, _ in phantoms]
     maps = [read_labels(labels) for _, labels in phantoms]
     given = _readable(scans)
@@ -243,7 +243,9 @@ def _embed(backbone: Backbone, volume: Volume) -> Features:
         for size, spacing in zip(plane_yx, volume.spacing_mm[1:], strict=True)
     )
     preprocess = dataclasses.replace(backbone.preprocess, resize_yx=(y, x))
-    return embed_volume(Backbone(backbone.vit, preprocess, dtype=backbone.dtype).eval(), volume)
+    return embed_volume(
+        Backbone(backbone.vit, preprocess, precision=backbone.precision).eval(), volume
+    )
 
 
 def _probe(scans: Sequence[Scan], seed: int) -> _Probes:

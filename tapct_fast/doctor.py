@@ -139,9 +139,12 @@ def _attention(device_type: str) -> list[Finding]:
     dtype = torch.float32
     if device_type == "cuda" and torch.cuda.is_bf16_supported():
         dtype = torch.bfloat16
+    import tapct_fast.model.cpu_ops  # noqa: F401 - offers its kernel
+
     rows = []
     for name, chosen in (
         ("attention", choose_backend(device_type, dtype, 64, True)),
+        ("attention, bf16 inference", choose_backend(device_type, torch.bfloat16, 64, False)),
         ("attention, mixed lengths", choose_varlen_backend(device_type, dtype, 64, False)),
     ):
         reasons = "; ".join(f"{other}: {reason}" for other, reason in chosen.passed_over)

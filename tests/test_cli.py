@@ -60,6 +60,11 @@ def test_every_verb_runs_from_scans_to_probe(
     assert all(np.isfinite(row["loss"]) for row in rows)
 
     assert main(["export", run, backbone]) == 0
+    assert main(["export", run, f"{backbone}.pth", "--format", "nnunet"]) == 0
+    assert main(["export", run, f"{backbone}.bin", "--format", "onnx"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out.endswith("exported: OUT, nnunet\n")
+    assert "name one that ends in .onnx" in captured.err
     assert main(["embed", backbone, *scans, "--out", features]) == 0
     assert "embedded 3, already there 0, quarantined 0" in capsys.readouterr().out
     assert main(["embed", backbone, *scans, "--out", features]) == 0

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import tapct_kernels
+from tapct_fast import _native
 from tapct_fast.doctor import _launches, examine, render
 from tapct_kernels import tuning
 from tapct_kernels.attention import Backend
@@ -17,7 +18,11 @@ def state_of(name: str) -> str:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the choice of a machine without a GPU")
 def test_doctor_names_the_chosen_attention_and_its_version() -> None:
-    assert state_of("attention") == f"sdpa flash (torch {torch.__version__})"
+    assert state_of("attention").startswith(f"sdpa flash (torch {torch.__version__}) (passed over")
+    expected = (
+        "amx (tapct_fast)" if _native.has_amx() else f"sdpa flash (torch {torch.__version__})"
+    )
+    assert state_of("attention, bf16 inference").startswith(expected)
     assert state_of("attention, mixed lengths") == f"dense (torch {torch.__version__})"
 
 

@@ -6,8 +6,8 @@ A dispatch, not a kernel of ours: at head width 64 the exponentials bound every 
 and the best of them exist. ``choose_backend`` picks one per device type, dtype, head width and need
 of a gradient: the first of a list that computes a small attention correctly. It says which, in what
 version, and why every earlier one was passed over; whatever was chosen runs or raises.
-On the CPU that is PyTorch's flash kernel in the dtype given: chunks of queries by bfloat16 matrix
-products and softmax took 1.2 to 2.0 times as long at 437, 2,357 and 12,549 tokens, with AMX.
+On the CPU that is PyTorch's flash kernel in the dtype given, or for inference in bfloat16 a kernel
+on AMX tiles where one was provided.
 flash-attn packages are optional and imported when first considered; see ``flash_attn``.
 Shape suffixes: N volumes, T tokens (of all sequences where they are packed), H heads, K head width.
 Source: arXiv:2205.14135 (FlashAttention), arXiv:2407.08608 (FlashAttention-3).
@@ -36,6 +36,7 @@ from tapct_kernels.flash_attn import (
 )
 
 BackendName = Literal[
+    "amx",  # of whoever has called provide_amx
     "flash-attn 3",
     "sdpa cudnn",
     "sdpa flash",
@@ -47,10 +48,10 @@ BackendName = Literal[
 VarlenName = Literal["flash-attn 3", "torch varlen", "flash-attn 2", "dense"]
 
 _DENSE: Mapping[str, tuple[BackendName, ...]] = {
-    "cpu": ("sdpa flash", "sdpa math"),
+    "cpu": ("amx", "sdpa flash", "sdpa math"),
     # flash and efficient SDPA follow cuDNN where its version or the GPU is older; the efficient one
     # is the first to take float32, the math one float64.
-    "cuda": get_args(BackendName)[:-1],
+    "cuda": get_args(BackendName)[1:-1],
 }
 _VARLEN: Mapping[str, tuple[VarlenName, ...]] = {"cuda": get_args(VarlenName)}
 _SDPA = {
@@ -71,6 +72,30 @@ class Backend(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.name} ({self.version})"
+
+
+# Of "amx": a kernel for bfloat16 on CPUs with AMX, which this library, being Python, cannot hold.
+_provided: list[tuple[Callable[[Tensor], Tensor], str]] = []
+
+
+def provide_amx(kernel: Callable[[Tensor], Tensor], version: str) -> None:
+    """Offer a kernel as the backend ``amx``: bfloat16 qkv_NT3HK of head width 64 to out_NTHK.
+
+    Like every backend it must pass the trial before it is chosen. tapct_fast calls this.
+    """
+    _provided[:] = [(kernel, version)]
+    choose_backend.cache_clear()
+    _dense_refusal.cache_clear()
+
+
+def _amx_refusal(dtype: torch.dtype, head_width: int, needs_grad: bool) -> str | None:
+    if not _provided:
+        return "no kernel was provided: this CPU has no AMX, or tapct_fast is not imported"
+    if needs_grad:
+        return "for inference only"
+    if dtype != torch.bfloat16 or head_width != 64:
+        return "takes bfloat16 and a head width of 64"
+    return None
 
 
 _MAJOR = {"flash-attn 2": 2, "flash-attn 3": 3}
@@ -196,6 +221,8 @@ def _first_usable(names: Sequence[str], refusal: Callable[[str], str | None]) ->
 def _version(name: str) -> str:
     if name in _MAJOR:
         return package_version(_MAJOR[name])
+    if name == "amx":
+        return _provided[0][1]
     version = f"torch {torch.__version__}"
     if name == "sdpa cudnn":
         version += f", cuDNN {torch.backends.cudnn.version()}"
@@ -262,6 +289,8 @@ def _dense_refusal(
     if name not in _DENSE.get(device_type, ("sdpa",)):
         return f"not a backend of {device_type}"
     if name in _MAJOR and (reason := package_refusal(_MAJOR[name])):
+        return reason
+    if name == "amx" and (reason := _amx_refusal(dtype, head_width, needs_grad)):
         return reason
     if device_type == "meta":  # shapes without values
         return None
@@ -362,6 +391,8 @@ def _dense(name: str, qkv_NT3HK: Tensor) -> Tensor:
     if name in _MAJOR:
         out_NTHK: Tensor = flash_attn(qkv_NT3HK, _MAJOR[name])[0]
         return out_NTHK
+    if name == "amx":
+        return _provided[0][0](qkv_NT3HK)
     q_NHTK, k_NHTK, v_NHTK = qkv_NT3HK.permute(2, 0, 3, 1, 4).unbind(0)
     with sdpa_kernel(_SDPA[name]):  # one backend: it runs, or it raises
         out_NHTK = F.scaled_dot_product_attention(q_NHTK, k_NHTK, v_NHTK)

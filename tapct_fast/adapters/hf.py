@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from tapct_fast.backbone.backbone import PRECISIONS, Backbone
+from tapct_fast.backbone.backbone import DTYPES, Backbone
 from tapct_fast.backbone.load import WEIGHTS_FILE, default_preprocess, load_backbone
 from tapct_fast.backbone.preprocess import Preprocess
 from tapct_fast.backbone.schema import (
@@ -169,8 +169,8 @@ class TAPCTModel(transformers.PreTrainedModel):  # type: ignore[misc]  # untyped
     """A ``Backbone`` whose state-dict keys are those of the released files, ``model.blocks.0...``.
 
     Weights stay float32: ``dtype=torch.bfloat16`` or ``torch.float16`` of ``from_pretrained`` is
-    the precision of the matrix products, as in ``load_backbone``. ``model.to(dtype)`` afterwards
-    casts the weights.
+    the precision of the matrix products, as in ``load_backbone``; None is float32 on every device.
+    ``model.to(dtype)`` afterwards casts the weights.
 
     Args:
         config: States the architecture; initial weights are those of seed 0.
@@ -188,13 +188,20 @@ class TAPCTModel(transformers.PreTrainedModel):  # type: ignore[misc]  # untyped
         self.model = Vit(config.vit_config(), preprocess.hu)
         if self.model.cls_token.device.type != "meta":
             self.model.init_weights(_INITIAL_SEED)
-        dtype = config.dtype if config.dtype in PRECISIONS else torch.float32
+        stated = [name for name, dtype in DTYPES.items() if dtype == config.dtype]
+        precision = stated[0] if stated else "fp32"
         # In a tuple it is no submodule, so that every weight has one name.
-        self._backbone = (Backbone(self.model, preprocess, dtype=dtype),)
+        self._backbone = (Backbone(self.model, preprocess, precision=precision),)
         self.post_init()
 
     def _init_weights(self, module: torch.nn.Module) -> None:
         """Leave weights as they are: they were all initialised, or will all be loaded."""
+
+    def train(self, mode: bool = True) -> "TAPCTModel":
+        """Switch to training, or with ``mode=False`` to inference."""
+        super().train(mode)
+        self.backbone.train(mode)
+        return self
 
     @property
     def backbone(self) -> Backbone:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tapct_fast.backbone.architecture import canonical_names, check_state, read_architecture
-from tapct_fast.backbone.backbone import Backbone
+from tapct_fast.backbone.backbone import Backbone, Precision, best_precision
 from tapct_fast.backbone.preprocess import Preprocess
 from tapct_fast.backbone.schema import (
     CONFIG_FILE,
@@ -22,6 +22,7 @@ from tapct_fast.backbone.schema import (
 from tapct_fast.config import VitConfig
 from tapct_fast.errors import BackboneError, ConfigError, InputError
 from tapct_fast.model.vit import Vit
+from tapct_kernels.attention import BackendName
 
 WEIGHTS_FILE = "model.safetensors"
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
@@ -38,7 +39,10 @@ def load_backbone(
     path_or_repo: str | Path,
     *,
     device: str | torch.device = "cpu",
-    dtype: torch.dtype | None = None,
+    precision: Precision | None = None,
+    attention: BackendName | None = None,
+    compile: bool = False,
+    revision: str | None = None,
 ) -> Backbone:
     """Load a backbone, strictly, ready for inference.
 
@@ -47,15 +51,18 @@ def load_backbone(
             ``preprocessor.json``); such a file itself, whose neighbours count if it has that name;
             or a hub id ``owner/name``. Without a config the architecture is read off the tensors.
         device: Where the weights go.
-        dtype: Precision of the matrix products; None takes bfloat16 on a GPU that has it, else
-            float32.
+        precision: Of the matrix products: ``fp32``, ``bf16`` or ``fp16``; None takes bf16 where the
+            device has units for it (CUDA, or a CPU with AMX), else fp32.
+        attention: See ``Backbone``.
+        compile: See ``Backbone``.
+        revision: Branch, tag or commit of a hub id.
 
     Raises:
         InputError: Nothing is there, or the device does not exist.
         BackboneError: The weights or their config are damaged or fit no known architecture.
     """
     place = _device(device)
-    files = _find(path_or_repo)
+    files = _find(path_or_repo, revision)
     named = canonical_names(_read_tensors(files.weights))
     stated = read_config(files.config) if files.config else None
     config = stated if isinstance(stated, VitConfig) else read_architecture(named, stated)
@@ -66,10 +73,14 @@ def load_backbone(
     with torch.device("meta"):  # no time for initial values that are replaced at once
         vit = Vit(config, preprocess.hu)
     vit.load_state_dict(state, assign=True)
-    if dtype is None:
-        has_bf16 = place.type == "cuda" and torch.cuda.is_bf16_supported()
-        dtype = torch.bfloat16 if has_bf16 else torch.float32
-    return Backbone(vit, preprocess, dtype=dtype).to(place).eval()
+    backbone = Backbone(
+        vit,
+        preprocess,
+        precision=precision or best_precision(place),
+        attention=attention,
+        compile=compile,
+    )
+    return backbone.to(place).eval()
 
 
 def default_preprocess(config: VitConfig) -> Preprocess:
@@ -93,7 +104,7 @@ def _device(device: str | torch.device) -> torch.device:
     return place
 
 
-def _find(path_or_repo: str | Path) -> _Files:
+def _find(path_or_repo: str | Path, revision: str | None) -> _Files:
     path = Path(path_or_repo)
     if path.is_file():
         if path.suffix != ".safetensors":
@@ -108,7 +119,7 @@ def _find(path_or_repo: str | Path) -> _Files:
             raise InputError("BACKBONE is a training run; make a backbone of it: tapct-fast export")
         raise InputError(f"the backbone folder holds no {WEIGHTS_FILE}")
     if isinstance(path_or_repo, str) and _HUB_ID.fullmatch(path_or_repo):
-        return _neighbours(_download(path_or_repo) / WEIGHTS_FILE)
+        return _neighbours(_download(path_or_repo, revision) / WEIGHTS_FILE)
     raise InputError(
         "the backbone is neither a folder, a .safetensors file nor a hub id owner/name"
     )
@@ -123,7 +134,7 @@ def _neighbours(weights: Path) -> _Files:
     )
 
 
-def _download(repo: str) -> Path:
+def _download(repo: str, revision: str | None) -> Path:
     try:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError
@@ -134,7 +145,7 @@ def _download(repo: str) -> Path:
     names = [WEIGHTS_FILE, CONFIG_FILE, PREPROCESSOR_FILE]
     try:
         # Only these names: a repository's code is never fetched. The hub library compares sizes.
-        folder = Path(snapshot_download(repo, allow_patterns=names))
+        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=names))
     except (HfHubHTTPError, OSError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"no such folder or file, and the hub has no {repo!r}: {reason}") from None

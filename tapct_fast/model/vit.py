@@ -7,6 +7,7 @@ Source: DINOv2 with registers, arXiv:2304.07193 and arXiv:2309.16588; volumetric
 arXiv:2512.00872.
 """
 
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -84,21 +85,18 @@ class Vit(nn.Module):
         return [*rows, None]
 
     def _run_blocks(
-        self,
-        x_BTD: Tensor,
-        num_blocks: int,
-        drop_seed: int | None,
-        hidden: list[Tensor] | None = None,
-    ) -> Tensor:
-        """Return the tokens after the last block; append the normed patches after each."""
+        self, x_BTD: Tensor, num_blocks: int, drop_seed: int | None, taps: Collection[int] = ()
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Return the tokens after the last block, and after each of the blocks in ``taps``."""
         blocks, rows = self.blocks[:num_blocks], self._kept_rows(x_BTD, drop_seed)
+        tapped: list[Tensor] = []
         norms: list[Any] = [block.norm1 for block in blocks]  # Any: a ModuleList forgets its type
         x_BTD, normed_KTD = start_stream(x_BTD, norms[0], rows[0])
         for i, (block, next_norm) in enumerate(zip(blocks, [*norms[1:], None], strict=True)):
             x_BTD, normed_KTD = block(x_BTD, normed_KTD, rows[2 * i : 2 * i + 3], next_norm)
-            if hidden is not None:
-                hidden.append(self.norm(x_BTD[:, self.num_prefix :]))
-        return x_BTD
+            if i in taps:
+                tapped.append(x_BTD)
+        return x_BTD, tapped
 
     def position_rows(self, grid_zyx: Zyx) -> Tensor:
         """Return pos_LD of a grid: the learned rows, interpolated trilinearly to any other grid."""
@@ -140,7 +138,19 @@ class Vit(nn.Module):
         Training norms only the rows it uses: the cls token with ``norm``, masked patches with
         ``tapct_kernels.masked_gather``.
         """
-        return self._run_blocks(self.embed(x_BCZYX, mask_BL), self.config.depth, drop_seed)
+        return self._run_blocks(self.embed(x_BCZYX, mask_BL), self.config.depth, drop_seed)[0]
+
+    def tapped_tokens(
+        self, x_BCZYX: Tensor, taps: Collection[int], *, mask_BL: Tensor | None = None
+    ) -> list[Tensor]:
+        """Return tokens_BTD after each of some blocks, before any norm, in the blocks' order.
+
+        Args:
+            x_BCZYX: See ``forward``.
+            taps: Positions of blocks, from 0; those after the last cost nothing.
+            mask_BL: See ``forward``.
+        """
+        return self._run_blocks(self.embed(x_BCZYX, mask_BL), max(taps) + 1, None, taps)[1]
 
     def forward(
         self,
@@ -164,16 +174,30 @@ class Vit(nn.Module):
         Raises:
             InputError: The volume or mask has the wrong shape, or ``num_blocks`` is out of range.
         """
-        num_blocks = self.config.depth if num_blocks is None else num_blocks
+        num_blocks = self.checked_num_blocks(num_blocks)
+        taps = range(num_blocks) if return_hidden else ()
+        x_BTD, tapped = self._run_blocks(self.embed(x_BCZYX, mask_BL), num_blocks, drop_seed, taps)
+        return self.output_of(x_BTD, tapped, self.patch_embed.grid_zyx(x_BCZYX))
+
+    def checked_num_blocks(self, num_blocks: int | None) -> int:
+        """Return how many blocks to run; None is all.
+
+        Raises:
+            InputError: It is out of range.
+        """
+        if num_blocks is None:
+            return self.config.depth
         if not 1 <= num_blocks <= self.config.depth:
             raise InputError(f"num_blocks={num_blocks} is not in 1..{self.config.depth}")
-        hidden: list[Tensor] | None = [] if return_hidden else None
-        x_BTD = self._run_blocks(self.embed(x_BCZYX, mask_BL), num_blocks, drop_seed, hidden)
+        return num_blocks
+
+    def output_of(self, x_BTD: Tensor, tapped: Sequence[Tensor], grid_zyx: Zyx) -> VitOutput:
+        """Norm tokens and name them."""
         x_BTD = self.norm(x_BTD)
         return VitOutput(
             x_BTD[:, 0],
             x_BTD[:, 1 : self.num_prefix],
             x_BTD[:, self.num_prefix :],
-            self.patch_embed.grid_zyx(x_BCZYX),
-            tuple(hidden or ()),
+            grid_zyx,
+            tuple(self.norm(tokens_BTD[:, self.num_prefix :]) for tokens_BTD in tapped),
         )

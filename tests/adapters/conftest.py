@@ -18,13 +18,16 @@ from tapct_fast.backbone.load import default_preprocess
 from tapct_fast.config import VitConfig
 from tapct_fast.model.vit import Vit
 
-# The one of PyPI, built for CUDA, beside a CPU torch (timm brings it) cannot be imported, nor can
-# transformers, which takes it where it is found; nothing here needs it.
+# Where it is, transformers imports torchvision, whose wheel lacks operators beside a CPU torch.
 with contextlib.suppress(ModuleNotFoundError):
     try:
         import_module("torchvision")
     except RuntimeError:
-        sys.modules["torchvision"] = None
+        for name in [name for name in sys.modules if name.startswith("torchvision")]:
+            del sys.modules[name]
+        for name in ("nms", "qnms"):
+            torch.library.define(f"torchvision::{name}", "(Tensor a, Tensor b, float c) -> Tensor")
+        import_module("torchvision")
 
 
 @pytest.fixture

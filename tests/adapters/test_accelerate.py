@@ -126,7 +126,7 @@ def test_it_holds_what_load_backbone_computes_from_the_same_file(
     model = TAPCTModel(dim=128, num_heads=2).eval()
     save_file(model.state_dict(), tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text('{"model_type": "tapct", "img_size": [8, 32, 32]}')
-    backbone = load_backbone(tmp_path)
+    backbone = load_backbone(tmp_path, precision="fp32")
     with torch.no_grad():
         expected, out = model(x_BCZYX), backbone(x_BCZYX)
         fast = accelerate(model)(x_BCZYX)

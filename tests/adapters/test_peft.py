@@ -87,7 +87,7 @@ def test_lora_on_the_last_blocks_only(backbone: Backbone) -> None:
 
 
 def test_lora_in_bfloat16_has_gradients(backbone: Backbone, hu_BCZYX: Tensor) -> None:
-    half = Backbone(backbone.vit, backbone.preprocess, dtype=torch.bfloat16)
+    half = Backbone(backbone.vit, backbone.preprocess, precision="bf16")
     wrapped = get_peft_model(half, LoraConfig(r=4, **TARGETS))
     train_one_step(wrapped, hu_BCZYX, lambda out: out.pooler_output)
 

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import json
 import shutil
 import subprocess
@@ -55,7 +56,7 @@ def test_the_export_computes_what_the_run_computed(
         "preprocessor.json",
         "preprocessor_config.json",
     }
-    backbone = load_backbone(out)
+    backbone = load_backbone(out, precision="fp32")
     run = make_run(2)
     assert backbone.vit.config == run.config.vit  # 32-wide heads are in the config, not the tensors
     assert backbone.preprocess.hu == run.config.hu
@@ -65,8 +66,11 @@ def test_the_export_computes_what_the_run_computed(
     with torch.no_grad():
         expected = networks.backbone(x_BCZYX)
         out_B = backbone(x_BCZYX)
-    assert torch.equal(out_B.last_hidden_state, expected.patches_BLD)
-    assert torch.equal(out_B.pooler_output, expected.cls_BD)
+    # For inference LayerScale is inside the weights: the last digits differ, a thousandfold where an
+    # untrained cls token is normed, which is nearly constant.
+    close = functools.partial(torch.testing.assert_close, atol=1e-3, rtol=1e-3)
+    close(out_B.last_hidden_state, expected.patches_BLD)
+    close(out_B.pooler_output, expected.cls_BD)
 
 
 def test_saving_a_loaded_backbone_changes_nothing(run_dir: Path, tmp_path: Path) -> None:

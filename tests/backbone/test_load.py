@@ -89,7 +89,7 @@ def test_a_lone_file_computes_what_dinov2_computes(
     tmp_path: Path, released: Released, form: dict[str, object]
 ) -> None:
     state = released(**form)
-    backbone = load_backbone(write(tmp_path, state))
+    backbone = load_backbone(write(tmp_path, state), precision="fp32")
     x_BCZYX = torch.randn(2, 1, *backbone.vit.config.image_zyx)
     with torch.no_grad():
         out = backbone(x_BCZYX)
@@ -106,7 +106,7 @@ def test_prefix_and_chunks_change_no_bit(tmp_path: Path, released: Released) -> 
     for number, form in enumerate(({}, {"prefix": ""}, {"num_chunks": 4})):
         path = write(tmp_path, released(**form), f"{number}.safetensors")
         with torch.no_grad():
-            outputs.append(load_backbone(path)(x_BCZYX).last_hidden_state)
+            outputs.append(load_backbone(path, precision="fp32")(x_BCZYX).last_hidden_state)
     assert torch.equal(outputs[0], outputs[1])
     assert torch.equal(outputs[0], outputs[2])
 
@@ -137,7 +137,7 @@ def test_any_feed_forward_width_is_read_off(
 
 def test_half_precision_weights_are_widened(tmp_path: Path, released: Released) -> None:
     state = {name: tensor.bfloat16() for name, tensor in released().items()}
-    backbone = load_backbone(write(tmp_path, state))
+    backbone = load_backbone(write(tmp_path, state), precision="fp32")
     assert torch.equal(backbone.vit.norm.weight, state["model.norm.weight"].float())
 
 
@@ -295,8 +295,8 @@ def test_a_hub_id_fetches_weights_and_json_and_no_code(
     write(tmp_path, released())
     asked: dict[str, object] = {}
 
-    def snapshot_download(repo: str, *, allow_patterns: list[str]) -> str:
-        asked.update(repo=repo, names=allow_patterns)
+    def snapshot_download(repo: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.update(repo=repo, revision=revision, names=allow_patterns)
         return str(tmp_path)
 
     # Stands for the network, which tests do not have; what is loaded from the snapshot is real.
@@ -305,9 +305,9 @@ def test_a_hub_id_fetches_weights_and_json_and_no_code(
     vars(errors).update(HfHubHTTPError=type("HfHubHTTPError", (OSError,), {}))
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
     monkeypatch.setitem(sys.modules, "huggingface_hub.errors", errors)
-    assert load_backbone("owner/name").vit.config.dim == 64
+    assert load_backbone("owner/name", revision="v1").vit.config.dim == 64
     names = ["model.safetensors", "config.json", "preprocessor.json"]
-    assert asked == {"repo": "owner/name", "names": names}
+    assert asked == {"repo": "owner/name", "revision": "v1", "names": names}
 
 
 FOREIGN = {"architectures": ["TAPCTModel"], "auto_map": {"AutoModel": "modeling_tapct.TAPCTModel"}}

@@ -164,6 +164,7 @@ def test_the_binding_checks_on_the_host_and_says_when_there_is_no_cuda_code() ->
         ],
         axis=1,
     )[:, None]
+    params_VBP[:, :, 10:13] = 0  # a blur would want scratch memory
     keys_VB, turns_VB = table.noise_key_V[:, None], table.turns_V[:, None]
 
     def call(shapes: list[Zyx], params_VBP: np.ndarray) -> None:

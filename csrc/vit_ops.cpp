@@ -1,0 +1,464 @@
+#include "tapct/vit_ops.hpp"
+
+#include <algorithm>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <new>
+#include <stdexcept>
+
+#include "tapct/team.hpp"
+
+#if defined(__x86_64__) && defined(__linux__)
+#define TAPCT_HAS_X86 1
+#include <cpuid.h>
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#else
+#define TAPCT_HAS_X86 0
+#endif
+
+namespace tapct {
+
+#if TAPCT_HAS_X86
+
+#define TAPCT_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
+#define TAPCT_AMX \
+  __attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
+
+namespace {
+
+constexpr std::size_t tile_rows = 16;      // of every tile
+constexpr std::size_t tile_elements = 32;  // bfloat16 in a row of a tile
+constexpr std::size_t tile_size = tile_rows * tile_elements;
+constexpr std::size_t num_rows = 2 * tile_rows;         // queries at a time
+constexpr std::size_t num_keys = 256;                   // whose scores lie in the L1 cache
+constexpr std::size_t num_parts = 8;                    // of num_rows queries that share keys
+constexpr float log2_e_by_8 = 1.4426950408889634F / 8;  // exp(s / 8) = 2^(s log2_e_by_8)
+
+// Memory of one thread; lines of the cache are not shared.
+struct alignas(64) Scratch {
+  float scores[num_rows * num_keys];  // then the probabilities, bfloat16, in the same rows
+  float sums[num_parts][num_rows * head_width];
+  float totals[num_parts][num_rows * 16];  // of the probabilities, per lane
+  float largest[num_parts][num_rows];      // scores so far, times log2_e_by_8
+  std::uint16_t queries[num_parts][num_rows * head_width];
+};
+
+struct Deleter {
+  void operator()(std::uint16_t* memory) const {
+    ::operator delete[](memory, std::align_val_t{64});
+  }
+};
+using Bits = std::unique_ptr<std::uint16_t[], Deleter>;
+
+Bits make_bits(std::size_t count) {
+  return Bits(static_cast<std::uint16_t*>(
+      ::operator new[](count * sizeof(std::uint16_t), std::align_val_t{64})));
+}
+
+struct TileConfig {
+  std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  std::uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+// 2^x to 1e-4, finer than the bfloat16 that becomes of it.
+TAPCT_AVX512 inline __m512 exp2_of(__m512 x) {
+  const __m512 whole = _mm512_roundscale_ps(x, 0);
+  const __m512 rest = _mm512_sub_ps(x, whole);
+  __m512 power = _mm512_fmadd_ps(rest, _mm512_set1_ps(0.05508868F), _mm512_set1_ps(0.24260405F));
+  power = _mm512_fmadd_ps(power, rest, _mm512_set1_ps(0.69327624F));
+  power = _mm512_fmadd_ps(power, rest, _mm512_set1_ps(0.99992894F));
+  return _mm512_scalef_ps(power, whole);
+}
+
+TAPCT_AVX512 inline __m512 widen(__m256i bits) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+
+TAPCT_AVX512 inline __m512 load_wide(const std::uint16_t* source) {
+  return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(source)));
+}
+
+TAPCT_AVX512 inline void store_narrow(std::uint16_t* target, __m512 first, __m512 second) {
+  const __m512bh both = _mm512_cvtne2ps_pbh(second, first);
+  std::memcpy(target, &both, sizeof(both));
+}
+
+// Keys as the right operand of a product: for 16 keys and 32 elements, a tile whose row r holds the
+// elements 2r and 2r + 1 of each key. Keys beyond num_tokens are zero.
+TAPCT_AVX512 void pack_keys(const std::uint16_t* keys, std::size_t stride, std::size_t num_tokens,
+                            std::size_t padded, std::uint16_t* out) {
+  for (std::size_t key = 0; key < padded; ++key) {
+    for (std::size_t half = 0; half < 2; ++half) {
+      std::uint32_t pairs[tile_rows] = {};
+      if (key < num_tokens) {
+        std::memcpy(pairs, keys + key * stride + half * tile_elements, sizeof(pairs));
+      }
+      auto* tile = out + (key / tile_rows * 2 + half) * tile_size + key % tile_rows * 2;
+      for (std::size_t row = 0; row < tile_rows; ++row) {
+        std::memcpy(tile + row * tile_elements, &pairs[row], sizeof(pairs[row]));
+      }
+    }
+  }
+}
+
+// Values likewise: for 32 keys and 16 elements, a tile whose row r holds the keys 2r and 2r + 1.
+TAPCT_AVX512 void pack_values(const std::uint16_t* values, std::size_t stride,
+                              std::size_t num_tokens, std::size_t padded, std::uint16_t* out) {
+  for (std::size_t key = 0; key < padded; key += 2) {
+    std::uint16_t even[head_width] = {}, odd[head_width] = {};
+    if (key < num_tokens) {
+      std::memcpy(even, values + key * stride, sizeof(even));
+    }
+    if (key + 1 < num_tokens) {
+      std::memcpy(odd, values + (key + 1) * stride, sizeof(odd));
+    }
+    for (std::size_t quarter = 0; quarter < 4; ++quarter) {
+      auto* row = out + (key / tile_elements * 4 + quarter) * tile_size +
+                  key % tile_elements / 2 * tile_elements;
+      for (std::size_t i = 0; i < tile_rows; ++i) {
+        row[2 * i] = even[quarter * tile_rows + i];
+        row[2 * i + 1] = odd[quarter * tile_rows + i];
+      }
+    }
+  }
+}
+
+// Scores of 32 queries and `count` keys from `first` on.
+TAPCT_AMX void multiply_keys(const std::uint16_t* queries, const std::uint16_t* keys,
+                             std::size_t first, std::size_t count, float* scores) {
+  constexpr std::size_t query_bytes = head_width * sizeof(std::uint16_t);
+  constexpr std::size_t score_bytes = num_keys * sizeof(float);
+  const auto* below = queries + tile_rows * head_width;
+  for (std::size_t key = 0; key < count; key += 2 * tile_rows) {
+    const auto* tile = keys + (first + key) / tile_rows * 2 * tile_size;
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (std::size_t half = 0; half < 2; ++half) {
+      _tile_loadd(4, queries + half * tile_elements, query_bytes);
+      _tile_loadd(6, tile + half * tile_size, 64);
+      _tile_loadd(7, tile + (2 + half) * tile_size, 64);
+      _tile_loadd(5, below + half * tile_elements, query_bytes);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+    float* target = scores + key;
+    _tile_stored(0, target, score_bytes);
+    _tile_stored(1, target + tile_rows, score_bytes);
+    _tile_stored(2, target + tile_rows * num_keys, score_bytes);
+    _tile_stored(3, target + tile_rows * num_keys + tile_rows, score_bytes);
+  }
+}
+
+// Adds the products of 32 rows of `count` probabilities with the values from `first` on.
+TAPCT_AMX void multiply_values(const float* scores, const std::uint16_t* values, std::size_t first,
+                               std::size_t count, float* sums) {
+  constexpr std::size_t score_bytes = num_keys * sizeof(float);
+  constexpr std::size_t sum_bytes = head_width * sizeof(float);
+  const auto* probabilities = reinterpret_cast<const std::uint16_t*>(scores);
+  const auto* below = reinterpret_cast<const std::uint16_t*>(scores + tile_rows * num_keys);
+  for (std::size_t quarter = 0; quarter < 4; quarter += 2) {
+    float* target = sums + quarter * tile_rows;
+    _tile_loadd(0, target, sum_bytes);
+    _tile_loadd(1, target + tile_rows, sum_bytes);
+    _tile_loadd(2, target + tile_rows * head_width, sum_bytes);
+    _tile_loadd(3, target + tile_rows * head_width + tile_rows, sum_bytes);
+    for (std::size_t key = 0; key < count; key += tile_elements) {
+      const auto* tile = values + ((first + key) / tile_elements * 4 + quarter) * tile_size;
+      _tile_loadd(4, probabilities + key, score_bytes);
+      _tile_loadd(6, tile, 64);
+      _tile_loadd(7, tile + tile_size, 64);
+      _tile_loadd(5, below + key, score_bytes);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, target, sum_bytes);
+    _tile_stored(1, target + tile_rows, sum_bytes);
+    _tile_stored(2, target + tile_rows * head_width, sum_bytes);
+    _tile_stored(3, target + tile_rows * head_width + tile_rows, sum_bytes);
+  }
+}
+
+// Scores to probabilities relative to the largest score so far, to which sums and totals are
+// brought down.
+TAPCT_AVX512 void take_exponentials(Scratch& scratch, std::size_t part, std::size_t count) {
+  const __m512 scale = _mm512_set1_ps(log2_e_by_8);
+  alignas(64) float largest[num_rows], factors[num_rows];
+  for (std::size_t row = 0; row < num_rows; ++row) {
+    const float* scores = scratch.scores + row * num_keys;
+    __m512 even = _mm512_loadu_ps(scores), odd = _mm512_loadu_ps(scores + 16);
+    for (std::size_t i = 32; i < count; i += 32) {
+      even = _mm512_max_ps(even, _mm512_loadu_ps(scores + i));
+      odd = _mm512_max_ps(odd, _mm512_loadu_ps(scores + i + 16));
+    }
+    largest[row] = _mm512_reduce_max_ps(_mm512_max_ps(even, odd));
+  }
+  for (std::size_t row = 0; row < num_rows; row += 16) {
+    float* kept = scratch.largest[part] + row;
+    const __m512 before = _mm512_loadu_ps(kept);
+    const __m512 now = _mm512_max_ps(before, _mm512_mul_ps(_mm512_load_ps(largest + row), scale));
+    _mm512_store_ps(factors + row, exp2_of(_mm512_sub_ps(before, now)));
+    _mm512_storeu_ps(kept, now);
+  }
+  for (std::size_t row = 0; row < num_rows; ++row) {
+    float* scores = scratch.scores + row * num_keys;
+    auto* probabilities = reinterpret_cast<std::uint16_t*>(scores);
+    const __m512 top = _mm512_set1_ps(scratch.largest[part][row]);
+    __m512 even = _mm512_setzero_ps(), odd = _mm512_setzero_ps();
+    for (std::size_t i = 0; i < count; i += 32) {
+      const __m512 first = exp2_of(_mm512_fmsub_ps(_mm512_loadu_ps(scores + i), scale, top));
+      const __m512 second = exp2_of(_mm512_fmsub_ps(_mm512_loadu_ps(scores + i + 16), scale, top));
+      even = _mm512_add_ps(even, first);
+      odd = _mm512_add_ps(odd, second);
+      store_narrow(probabilities + i, first, second);
+    }
+    const __m512 factor = _mm512_set1_ps(factors[row]);
+    float* total = scratch.totals[part] + row * 16;
+    _mm512_storeu_ps(total,
+                     _mm512_fmadd_ps(_mm512_loadu_ps(total), factor, _mm512_add_ps(even, odd)));
+    float* sums = scratch.sums[part] + row * head_width;
+    for (std::size_t i = 0; i < head_width; i += 16) {
+      _mm512_storeu_ps(sums + i, _mm512_mul_ps(_mm512_loadu_ps(sums + i), factor));
+    }
+  }
+}
+
+TAPCT_AVX512 void write_rows(const Scratch& scratch, std::size_t count, std::uint16_t* out,
+                             std::size_t stride) {
+  for (std::size_t row = 0; row < count; ++row) {
+    const std::size_t part = row / num_rows, place = row % num_rows;
+    const float* sums = scratch.sums[part] + place * head_width;
+    const __m512 scale = _mm512_set1_ps(
+        1 / _mm512_reduce_add_ps(_mm512_loadu_ps(scratch.totals[part] + place * 16)));
+    for (std::size_t i = 0; i < head_width; i += 32) {
+      store_narrow(out + row * stride + i, _mm512_mul_ps(_mm512_loadu_ps(sums + i), scale),
+                   _mm512_mul_ps(_mm512_loadu_ps(sums + i + 16), scale));
+    }
+  }
+}
+
+struct Head {
+  const std::uint16_t* queries;  // of the first token
+  std::size_t stride;
+  std::size_t num_tokens;
+  std::size_t padded;  // to whole tiles
+  const std::uint16_t* keys;
+  const std::uint16_t* values;
+  std::uint16_t* out;
+  std::size_t out_stride;
+};
+
+TAPCT_AMX void attend(const Head& head, std::size_t first, Scratch& scratch) {
+  const std::size_t count = std::min(num_parts * num_rows, head.num_tokens - first);
+  const std::size_t parts = (count + num_rows - 1) / num_rows;
+  std::memset(scratch.queries, 0, parts * sizeof(scratch.queries[0]));
+  std::memset(scratch.sums, 0, parts * sizeof(scratch.sums[0]));
+  std::memset(scratch.totals, 0, parts * sizeof(scratch.totals[0]));
+  std::fill_n(scratch.largest[0], parts * num_rows, -1e30F);
+  for (std::size_t row = 0; row < count; ++row) {
+    std::memcpy(scratch.queries[0] + row * head_width, head.queries + (first + row) * head.stride,
+                head_width * sizeof(std::uint16_t));
+  }
+  const TileConfig config;
+  _tile_loadconfig(&config);
+  for (std::size_t key = 0; key < head.padded; key += num_keys) {
+    const std::size_t keys = std::min(num_keys, head.padded - key);
+    for (std::size_t part = 0; part < parts; ++part) {
+      multiply_keys(scratch.queries[part], head.keys, key, keys, scratch.scores);
+      if (key + keys > head.num_tokens) {
+        for (std::size_t row = 0; row < num_rows; ++row) {
+          std::fill(scratch.scores + row * num_keys + (head.num_tokens - key),
+                    scratch.scores + row * num_keys + keys,
+                    -std::numeric_limits<float>::infinity());
+        }
+      }
+      take_exponentials(scratch, part, keys);
+      multiply_values(scratch.scores, head.values, key, keys, scratch.sums[part]);
+    }
+  }
+  _tile_release();
+  write_rows(scratch, count, head.out + first * head.out_stride, head.out_stride);
+}
+
+TAPCT_AVX512 void norm_row(float* x, const std::uint16_t* branch, const float* weight,
+                           const float* bias, float eps, std::uint16_t* out, std::size_t width) {
+  __m512 sum = _mm512_setzero_ps();
+  for (std::size_t i = 0; i < width; i += 16) {
+    __m512 value = _mm512_loadu_ps(x + i);
+    if (branch != nullptr) {
+      value = _mm512_add_ps(value, load_wide(branch + i));
+      _mm512_storeu_ps(x + i, value);
+    }
+    sum = _mm512_add_ps(sum, value);
+  }
+  const float count = static_cast<float>(width);
+  const __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum) / count);
+  __m512 squares = _mm512_setzero_ps();
+  for (std::size_t i = 0; i < width; i += 16) {
+    const __m512 rest = _mm512_sub_ps(_mm512_loadu_ps(x + i), mean);
+    squares = _mm512_fmadd_ps(rest, rest, squares);
+  }
+  const float variance = _mm512_reduce_add_ps(squares) / count;
+  const __m512 scale =
+      _mm512_div_ps(_mm512_set1_ps(1), _mm512_sqrt_ps(_mm512_set1_ps(variance + eps)));
+  for (std::size_t i = 0; i < width; i += 16) {
+    const __m512 unit = _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(x + i), mean), scale);
+    const __m512 value =
+        _mm512_fmadd_ps(unit, _mm512_loadu_ps(weight + i), _mm512_loadu_ps(bias + i));
+    const __m256bh bits = _mm512_cvtneps_pbh(value);
+    std::memcpy(out + i, &bits, sizeof(bits));
+  }
+}
+
+// erf by Abramowitz and Stegun 7.1.26, 1.5e-7; the reciprocal is good to 2^-14.
+TAPCT_AVX512 inline __m512 gelu_of(__m512 x) {
+  const __m512 z = _mm512_mul_ps(_mm512_abs_ps(x), _mm512_set1_ps(0.70710678F));
+  const __m512 t =
+      _mm512_rcp14_ps(_mm512_fmadd_ps(z, _mm512_set1_ps(0.3275911F), _mm512_set1_ps(1)));
+  __m512 series = _mm512_fmadd_ps(t, _mm512_set1_ps(1.061405429F), _mm512_set1_ps(-1.453152027F));
+  series = _mm512_fmadd_ps(series, t, _mm512_set1_ps(1.421413741F));
+  series = _mm512_fmadd_ps(series, t, _mm512_set1_ps(-0.284496736F));
+  series = _mm512_fmadd_ps(series, t, _mm512_set1_ps(0.254829592F));
+  // 1 - erf(z)
+  const __m512 tail =
+      _mm512_mul_ps(_mm512_mul_ps(series, t),
+                    exp2_of(_mm512_mul_ps(_mm512_mul_ps(z, z), _mm512_set1_ps(-1.44269504F))));
+  // x (1 - tail / 2) above zero, x tail / 2 below: neither cancels.
+  const __m512 half = _mm512_mul_ps(_mm512_mul_ps(x, tail), _mm512_set1_ps(0.5F));
+  const __mmask16 is_negative = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_LT_OQ);
+  return _mm512_mask_mov_ps(_mm512_sub_ps(x, half), is_negative, half);
+}
+
+TAPCT_AVX512 void gelu_run(std::uint16_t* x, std::size_t count) {
+  std::size_t i = 0;
+  for (; i + 32 <= count; i += 32) {
+    store_narrow(x + i, gelu_of(load_wide(x + i)), gelu_of(load_wide(x + i + 16)));
+  }
+  if (i < count) {
+    std::uint16_t rest[32] = {};
+    std::memcpy(rest, x + i, (count - i) * sizeof(rest[0]));
+    store_narrow(rest, gelu_of(load_wide(rest)), gelu_of(load_wide(rest + 16)));
+    std::memcpy(x + i, rest, (count - i) * sizeof(rest[0]));
+  }
+}
+
+}  // namespace
+
+bool has_avx512_bf16() {
+  return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bf16");
+}
+
+bool has_amx() {
+  static const bool is_there = [] {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    constexpr unsigned amx_bf16 = 1U << 22, amx_tile = 1U << 24;
+    if (!has_avx512_bf16() || __get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || (d & amx_bf16) == 0 ||
+        (d & amx_tile) == 0) {
+      return false;
+    }
+    // ARCH_REQ_XCOMP_PERM of XFEATURE_XTILEDATA, for all threads of the process.
+    return syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+  }();
+  return is_there;
+}
+
+void attention_amx(const std::uint16_t* qkv, std::uint16_t* out, std::size_t num_volumes,
+                   std::size_t num_tokens, std::size_t num_heads, std::size_t threads) {
+  if (!has_amx()) {
+    throw std::runtime_error("attention_amx: this CPU has no AMX tiles of bfloat16");
+  }
+  if (num_volumes == 0 || num_tokens == 0 || num_heads == 0) {
+    return;
+  }
+  const std::size_t padded = (num_tokens + tile_elements - 1) / tile_elements * tile_elements;
+  const std::size_t width = num_heads * head_width, stride = 3 * width;
+  const std::size_t head_size = padded * head_width;
+  const Bits keys = make_bits(num_heads * head_size), values = make_bits(num_heads * head_size);
+  const std::size_t blocks = (num_tokens + num_parts * num_rows - 1) / (num_parts * num_rows);
+  // One per item that may be at work at a time; each thread takes a free one.
+  const std::size_t workers = std::max<std::size_t>(1, std::min(threads, num_heads * blocks));
+  const std::unique_ptr<Scratch[]> scratch(new Scratch[workers]);
+  for (std::size_t volume = 0; volume < num_volumes; ++volume) {
+    const auto* first = qkv + volume * num_tokens * stride;
+    team_for(num_heads, threads, [&](std::size_t h) {
+      const auto* base = first + h * head_width;
+      pack_keys(base + width, stride, num_tokens, padded, keys.get() + h * head_size);
+      pack_values(base + 2 * width, stride, num_tokens, padded, values.get() + h * head_size);
+    });
+    std::atomic<std::size_t> next{0}, worker{0};
+    team_for(workers, workers, [&](std::size_t) {
+      Scratch& mine = scratch[worker++];
+      for (std::size_t i = next++; i < num_heads * blocks; i = next++) {
+        const std::size_t h = i / blocks;
+        const Head head{first + h * head_width,
+                        stride,
+                        num_tokens,
+                        padded,
+                        keys.get() + h * head_size,
+                        values.get() + h * head_size,
+                        out + volume * num_tokens * width + h * head_width,
+                        width};
+        attend(head, i % blocks * num_parts * num_rows, mine);
+      }
+    });
+  }
+}
+
+void add_norm(float* x, const std::uint16_t* branch, const float* weight, const float* bias,
+              float eps, std::uint16_t* out, std::size_t num_rows_of_x, std::size_t width,
+              std::size_t threads) {
+  if (!has_avx512_bf16() || width % 16 != 0) {
+    throw std::runtime_error("add_norm: needs AVX-512 with bfloat16 and a width in sixteens");
+  }
+  constexpr std::size_t rows_at_once = 64;
+  team_for((num_rows_of_x + rows_at_once - 1) / rows_at_once, threads, [&](std::size_t i) {
+    const std::size_t end = std::min(num_rows_of_x, (i + 1) * rows_at_once);
+    for (std::size_t row = i * rows_at_once; row < end; ++row) {
+      norm_row(x + row * width, branch == nullptr ? nullptr : branch + row * width, weight, bias,
+               eps, out + row * width, width);
+    }
+  });
+}
+
+void gelu(std::uint16_t* x, std::size_t count, std::size_t threads) {
+  if (!has_avx512_bf16()) {
+    throw std::runtime_error("gelu: needs AVX-512 with bfloat16");
+  }
+  constexpr std::size_t at_once = 1 << 16;
+  team_for((count + at_once - 1) / at_once, threads, [&](std::size_t i) {
+    gelu_run(x + i * at_once, std::min(at_once, count - i * at_once));
+  });
+}
+
+#else
+
+bool has_avx512_bf16() { return false; }
+bool has_amx() { return false; }
+
+void attention_amx(const std::uint16_t*, std::uint16_t*, std::size_t, std::size_t, std::size_t,
+                   std::size_t) {
+  throw std::runtime_error("attention_amx: only on x86-64");
+}
+
+void add_norm(float*, const std::uint16_t*, const float*, const float*, float, std::uint16_t*,
+              std::size_t, std::size_t, std::size_t) {
+  throw std::runtime_error("add_norm: only on x86-64");
+}
+
+void gelu(std::uint16_t*, std::size_t, std::size_t) {
+  throw std::runtime_error("gelu: only on x86-64");
+}
+
+#endif
+
+}  // namespace tapct

@@ -1,0 +1,91 @@
+"""What a block needs on a CPU beside matrix products, for inference in bfloat16, natively.
+
+PyTorch takes the branch, its sum, the norm and the cast in a pass each; these take one. Attention
+on AMX tiles is offered to ``tapct_kernels.attention``, which tries it before it chooses it. All run
+on PyTorch's own threads. Custom operators, so that a graph can hold them.
+
+Shape suffixes: N volumes or rows, T tokens, H heads, K head width, D width.
+"""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tapct_fast import _native
+from tapct_kernels.attention import provide_amx
+
+
+def runs_here(device: torch.device, dtype: torch.dtype, width: int) -> bool:
+    """Say whether ``add_norm`` and ``gelu`` can take tokens of this width."""
+    return (
+        device.type == "cpu"
+        and dtype == torch.bfloat16
+        and width % 16 == 0
+        and _native.has_avx512_bf16()
+    )
+
+
+@torch.library.custom_op("tapct::attention_amx", mutates_args=())
+def attention_amx(qkv_NT3HK: Tensor) -> Tensor:
+    """Return out_NTHK; see ``tapct_kernels.attention``. Contiguous bfloat16 of head width 64."""
+    qkv_NT3HK = qkv_NT3HK.contiguous()
+    volumes, tokens, _, heads, width = qkv_NT3HK.shape
+    out_NTHK = qkv_NT3HK.new_empty(volumes, tokens, heads, width)
+    _native.attention_amx(_bits(qkv_NT3HK), _bits(out_NTHK), torch.get_num_threads())
+    return out_NTHK
+
+
+@attention_amx.register_fake
+def _(qkv_NT3HK: Tensor) -> Tensor:
+    volumes, tokens, _, heads, width = qkv_NT3HK.shape
+    return qkv_NT3HK.new_empty(volumes, tokens, heads, width)
+
+
+@torch.library.custom_op("tapct::add_norm", mutates_args=("x_NTD",))
+def add_norm(
+    x_NTD: Tensor, branch_NTD: Tensor | None, weight_D: Tensor, bias_D: Tensor, eps: float
+) -> Tensor:
+    """Add a branch to the tokens in place and return their LayerNorm.
+
+    Args:
+        x_NTD: float32, contiguous.
+        branch_NTD: bfloat16, or None to add nothing.
+        weight_D: float32.
+        bias_D: float32.
+        eps: Added to the variance.
+
+    Returns:
+        normed_NTD bfloat16.
+    """
+    out_NTD = torch.empty_like(x_NTD, dtype=torch.bfloat16)
+    _native.add_norm(
+        x_NTD.flatten(0, -2).numpy(),
+        None if branch_NTD is None else _bits(branch_NTD.contiguous().flatten(0, -2)),
+        weight_D.numpy(),
+        bias_D.numpy(),
+        eps,
+        _bits(out_NTD.flatten(0, -2)),
+        torch.get_num_threads(),
+    )
+    return out_NTD
+
+
+@add_norm.register_fake
+def _(x_NTD: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(x_NTD, dtype=torch.bfloat16)
+
+
+@torch.library.custom_op("tapct::gelu_", mutates_args=("x",))
+def gelu_(x: Tensor) -> None:
+    """Apply the exact GELU to bfloat16 in place."""
+    _native.gelu(_bits(x), torch.get_num_threads())
+
+
+def _bits(x: Tensor) -> NDArray[np.uint16]:
+    bits: NDArray[np.uint16] = x.view(torch.uint16).numpy()
+    return bits
+
+
+if _native.has_amx():
+    provide_amx(attention_amx, "tapct_fast")
