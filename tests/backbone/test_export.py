@@ -66,8 +66,8 @@ def test_the_export_computes_what_the_run_computed(
     with torch.no_grad():
         expected = networks.backbone(x_BCZYX)
         out_B = backbone(x_BCZYX)
-    # For inference LayerScale is inside the weights: the last digits differ, a thousandfold where an
-    # untrained cls token is normed, which is nearly constant.
+    # For inference LayerScale is inside the weights: the last digits differ, a thousandfold where a
+    # cls token as it starts is normed, nearly a constant.
     close = functools.partial(torch.testing.assert_close, atol=1e-3, rtol=1e-3)
     close(out_B.last_hidden_state, expected.patches_BLD)
     close(out_B.pooler_output, expected.cls_BD)
