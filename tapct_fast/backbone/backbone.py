@@ -177,7 +177,8 @@ class Backbone(nn.Module):
             InputError: Wrong shape or type, or float values that look like HU.
             BackboneError: The output is not finite; says why.
         """
-        pixel_values = pixel_values.as_subclass(Tensor)  # MONAI's keeps metadata, and fails in ops
+        if type(pixel_values) is not Tensor and not torch.compiler.is_compiling():
+            pixel_values = pixel_values.as_subclass(Tensor)  # MONAI's adds metadata, and fails here
         x_BCZYX = self._padded(pixel_values)
         vit, frozen = self._ready(x_BCZYX)
         if frozen is not None:

@@ -116,18 +116,7 @@ def test_dtype_is_the_precision_of_the_products_and_weights_stay_float32(
     assert torch.equal(model(hu_BCZYX).last_hidden_state, expected.last_hidden_state)
 
 
-@pytest.mark.parametrize(
-    "is_inference",
-    [
-        False,
-        pytest.param(
-            True,
-            marks=pytest.mark.xfail(
-                strict=True, reason="FrozenVit norms float32 tokens by the norms' own weights"
-            ),
-        ),
-    ],
-)
+@pytest.mark.parametrize("is_inference", [False, True])
 def test_a_cast_afterwards_casts_the_weights(
     exported: Path, hu_BCZYX: Tensor, is_inference: bool
 ) -> None:
