@@ -135,6 +135,10 @@ class Backbone(nn.Module):
 
         save_backbone(self, Path(folder))
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the copy for inference out of copies and pickles: it is made anew."""
+        return {**self.__dict__, "_frozen": []}
+
     @property
     def dtype(self) -> torch.dtype:
         """Type of the matrix products."""
@@ -362,7 +366,7 @@ class Backbone(nn.Module):
             (w.data_ptr(), w.device, 0 if w.is_inference() else w._version) for w in weights
         )
         if not self._frozen or self._frozen[0][0] != key:
-            frozen = FrozenVit(self.vit, self.dtype, self._attention)
+            frozen = FrozenVit(self.vit, self.dtype, self._attention, is_compiled=self._is_compiled)
             if self._is_compiled:
                 frozen.compile(fullgraph=True)
             self._frozen[:] = [(key, frozen)]

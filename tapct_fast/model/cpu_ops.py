@@ -82,6 +82,32 @@ def gelu_(x: Tensor) -> None:
     _native.gelu(_bits(x), torch.get_num_threads())
 
 
+def pack(weight_OI: Tensor, bias_O: Tensor) -> Tensor | None:
+    """Return a weight in the layout that oneDNN multiplies by, for ``packed_linear``.
+
+    PyTorch turns a weight into it anew in each product, and copies the bias over the result first:
+    a fifth of the time of the products. The operators are those of its own compiler and no public
+    interface, so they are tried here.
+
+    Returns:
+        An opaque tensor; None where this PyTorch has no such operators or they compute otherwise.
+    """
+    x_NI = weight_OI[:7] + 1
+    try:
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI)
+        found = packed_linear(x_NI, packed, bias_O)
+    except (AttributeError, RuntimeError, TypeError):
+        return None
+    expected = torch.nn.functional.linear(x_NI, weight_OI, bias_O)
+    return packed if torch.allclose(found, expected, rtol=2**-6, atol=1e-3) else None
+
+
+def packed_linear(x: Tensor, packed: Tensor, bias_O: Tensor) -> Tensor:
+    """Return ``x W^T + b`` for a weight that ``pack`` returned."""
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias_O, "none", [], "")
+    return out
+
+
 def _bits(x: Tensor) -> NDArray[np.uint16]:
     bits: NDArray[np.uint16] = x.view(torch.uint16).numpy()
     return bits

@@ -28,7 +28,7 @@ _FP16_SCALE = 16.0
 class _Linear(nn.Module):
     """A linear layer in one precision, times a LayerScale where one follows it."""
 
-    weight_OI: Tensor
+    weight_OI: Tensor | None
     bias_O: Tensor
 
     def __init__(
@@ -47,9 +47,20 @@ class _Linear(nn.Module):
             weight_OI, bias_O = weight_OI / scale, bias_O / scale
         self.register_buffer("weight_OI", weight_OI.to(dtype))
         self.register_buffer("bias_O", bias_O.to(dtype))
+        self._packed: Tensor | None = None
+
+    def pack(self) -> None:
+        """Hold the weight in oneDNN's layout instead, where that works."""
+        assert self.weight_OI is not None
+        self._packed = cpu_ops.pack(self.weight_OI, self.bias_O)
+        if self._packed is not None:
+            self.weight_OI = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the product."""
+        if self._packed is not None:
+            return cpu_ops.packed_linear(x, self._packed, self.bias_O)
+        assert self.weight_OI is not None
         return F.linear(x, self.weight_OI, self.bias_O)
 
 
@@ -76,9 +87,17 @@ class FrozenVit(nn.Module):
         vit: Where the weights come from; those that need no change are shared, not copied.
         dtype: Of the matrix products and attention: float32, bfloat16 or float16.
         backend: Of attention; None chooses.
+        is_compiled: Hold weights in no layout that a compiler does not know.
     """
 
-    def __init__(self, vit: Vit, dtype: torch.dtype, backend: BackendName | None = None) -> None:
+    def __init__(
+        self,
+        vit: Vit,
+        dtype: torch.dtype,
+        backend: BackendName | None = None,
+        *,
+        is_compiled: bool = False,
+    ) -> None:
         super().__init__()
         self._vit, self._dtype, self._backend = vit, dtype, backend
         self._scale = _FP16_SCALE if dtype == torch.float16 else 1.0
@@ -86,6 +105,10 @@ class FrozenVit(nn.Module):
             _Block(block, dtype, self._scale) for block in vit.blocks if isinstance(block, Block)
         )
         self._is_native = cpu_ops.runs_here(vit.cls_token.device, dtype, vit.config.dim)
+        if self._is_native and not is_compiled:
+            for module in self._blocks.modules():
+                if isinstance(module, _Linear):
+                    module.pack()
 
     @torch.no_grad()
     def forward(

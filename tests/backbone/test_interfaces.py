@@ -3,6 +3,7 @@
 Shape suffixes: B batch, C channel, Z Y X voxels, D width.
 """
 
+import copy
 import dataclasses
 import importlib
 import sys
@@ -204,6 +205,15 @@ def test_compiled_inference_is_one_graph_for_all_batch_sizes(precision: str) -> 
     counters = torch._dynamo.utils.counters
     assert not counters["graph_break"]
     assert counters["stats"]["unique_graphs"] == 1
+
+
+@torch.no_grad()
+def test_a_backbone_is_copied_without_its_copy_for_inference() -> None:
+    backbone = make_backbone(WIDE, precision="bf16")
+    expected = backbone(pixels()).pooler_output
+    twin = copy.deepcopy(backbone)
+    assert not twin._frozen
+    assert torch.equal(twin(pixels()).pooler_output, expected)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

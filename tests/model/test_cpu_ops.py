@@ -117,6 +117,26 @@ def test_gelu_is_the_nearest_bfloat16_for_every_bfloat16() -> None:
     assert torch.equal(odd.view(torch.int16), ours[7:44].view(torch.int16))
 
 
+@needs_avx512
+def test_a_packed_weight_multiplies_as_a_plain_one() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight_OI = torch.randn(96, 64, generator=generator).bfloat16()
+    bias_O = torch.randn(96, generator=generator).bfloat16()
+    packed = cpu_ops.pack(weight_OI, bias_O)
+    assert packed is not None
+    for shape in ((1, 64), (2, 37, 64), (300, 64)):
+        x = torch.randn(shape, generator=generator).bfloat16()
+        found = cpu_ops.packed_linear(x, packed, bias_O)
+        expected = F.linear(x.double(), weight_OI.double(), bias_O.double())
+        torch.testing.assert_close(found.double(), expected, rtol=2**-7, atol=0.05)
+
+
+def test_a_torch_without_the_operators_packs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight_OI, bias_O = torch.ones(8, 8).bfloat16(), torch.ones(8).bfloat16()
+    monkeypatch.setattr(cpu_ops, "packed_linear", lambda x, *_: x * 0)  # computes otherwise
+    assert cpu_ops.pack(weight_OI, bias_O) is None
+
+
 @needs_amx
 def test_the_operators_keep_what_they_tell_a_compiler() -> None:
     torch.library.opcheck(cpu_ops.attention_amx, (qkv_of(2, 37, 2),))
