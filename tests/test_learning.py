@@ -41,7 +41,9 @@ def test_a_trained_backbone_beats_its_own_start_by_more_than_the_interval(tmp_pa
         assert np.mean(entropies) < result.uniform_loss - 0.2
 
         trained = load_backbone(export_backbone(tmp_path / "run", tmp_path / "backbone"))
-        start = Backbone(init_method(config).student.backbone, trained.preprocess).eval()
+        start = Backbone(
+            init_method(config).student.backbone, trained.preprocess, precision=trained.precision
+        ).eval()
         dice_SK = {}
         for name, backbone in (("trained", trained), ("untrained", start)):
             scans = [_embed(backbone, *pair) for pair in pairs[NUM_PRETRAIN:]]
@@ -61,5 +63,5 @@ def test_a_trained_backbone_beats_its_own_start_by_more_than_the_interval(tmp_pa
 
 def _embed(backbone: Backbone, scan: Path, labels: Path) -> Scan:
     preprocess = dataclasses.replace(backbone.preprocess, resize_yx=PLANE_YX)
-    resized = Backbone(backbone.vit, preprocess, dtype=backbone.dtype).eval()
+    resized = Backbone(backbone.vit, preprocess, precision=backbone.precision).eval()
     return embed_volume(resized, read_volume(scan)), read_labels(labels)
