@@ -415,7 +415,8 @@ def _parser() -> _Parser:
         help="compare a backbone with its definition in every precision and backend",
         description="Run a synthetic scan in every precision and attention backend of this machine "
         "and print a table to paste into a report: each one's distance from the eager float32 "
-        "definition, its time, hashes of the weights, versions. Exit code 65 if a bound is broken.",
+        "definition, its time, hashes of the weights, versions. Exit code 65 if a bound is broken. "
+        "Takes two minutes for a B model on two CPU cores.",
     )
     check.add_argument(
         "backbone", metavar="BACKBONE", help="exported folder, model.safetensors or hub id"

@@ -220,6 +220,21 @@ def _without_tail(qkv_NT3HK: Tensor) -> Tensor:
 
 
 @pytest.mark.usefixtures("amx_restored")
+def test_one_wrong_token_is_enough(backbone: Backbone) -> None:
+    def drops_the_last_token(qkv_NT3HK: Tensor) -> Tensor:
+        out_NTHK = attention_ref(qkv_NT3HK)
+        if qkv_NT3HK.shape[1] > 64:
+            out_NTHK[:, -1] = 0
+        return out_NTHK
+
+    provide_amx(drops_the_last_token, "broken 1.0")
+    row = row_of(parity(backbone, fixed_input(backbone))[0], "bf16", "amx")
+    assert row.mean_cosine is not None
+    assert row.mean_cosine > 0.9995
+    assert row.verdict == "FAILS: a token's cosine below 0.9995"
+
+
+@pytest.mark.usefixtures("amx_restored")
 def test_a_backend_that_fails_its_trial_is_not_run(backbone: Backbone) -> None:
     provide_amx(lambda qkv_NT3HK: 1.1 * attention_ref(qkv_NT3HK), "broken 1.0")
     rows, not_run = parity(backbone, fixed_input(backbone))
