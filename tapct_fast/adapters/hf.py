@@ -113,6 +113,7 @@ class TAPCTConfig(transformers.PreTrainedConfig):  # type: ignore[misc]  # untyp
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Let transformers take its own keys, then state the sizes."""
+        kwargs.pop("weights_sha256", None)  # of the file that was loaded, not of one saved later
         super().__post_init__(**kwargs)
         if self.vit is not None:
             self.state(self.vit_config(), self.preprocess_steps())

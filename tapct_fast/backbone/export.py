@@ -88,8 +88,10 @@ def _write(
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with atomic_folder(out) as folder:
-            (folder / WEIGHTS_FILE).write_bytes(tensor_bytes(tensors, {"format": "pt"}))
-            (folder / CONFIG_FILE).write_bytes(config_json(config))
+            weights = tensor_bytes(tensors, {"format": "pt"})
+            digest = hashlib.sha256(weights).hexdigest()
+            (folder / WEIGHTS_FILE).write_bytes(weights)
+            (folder / CONFIG_FILE).write_bytes(config_json(config, weights_sha256=digest))
             (folder / PREPROCESSOR_FILE).write_bytes(preprocess_json(preprocess))
             (folder / PROCESSOR_CLASS_FILE).write_bytes(processor_class_json())
     except OSError as error:

@@ -18,9 +18,11 @@ from tapct_fast.backbone.schema import (
     PREPROCESSOR_FILE,
     read_config,
     read_preprocess,
+    read_weights_sha256,
 )
 from tapct_fast.config import VitConfig
 from tapct_fast.errors import BackboneError, ConfigError, InputError
+from tapct_fast.io.atomic import sha256_file
 from tapct_fast.model.vit import Vit
 from tapct_kernels.attention import BackendName
 
@@ -47,6 +49,7 @@ def load_backbone(
     attention: BackendName | None = None,
     compile: bool = False,
     revision: str | None = None,
+    sha256: str | None = None,
 ) -> Backbone:
     """Load a backbone, strictly, ready for inference.
 
@@ -60,6 +63,8 @@ def load_backbone(
         attention: See ``Backbone``.
         compile: See ``Backbone``.
         revision: Branch, tag or commit of a hub id.
+        sha256: Of ``model.safetensors``, where you know it. What we export states its own in
+            ``config.json``, and that is checked always.
 
     Raises:
         InputError: Nothing is there, or the device does not exist.
@@ -71,6 +76,7 @@ def load_backbone(
     stated = read_config(files.config) if files.config else None
     config = stated if isinstance(stated, VitConfig) else read_architecture(named, stated)
     state = check_state(config, named)
+    _check_sha256(files, sha256)
     preprocess = (
         read_preprocess(files.preprocessor) if files.preprocessor else default_preprocess(config)
     )
@@ -172,6 +178,19 @@ def _download(repo: str, revision: str | None) -> Path:
     if not (folder / WEIGHTS_FILE).is_file():
         raise BackboneError(f"the hub repository {repo!r} holds no {WEIGHTS_FILE}")
     return folder
+
+
+def _check_sha256(files: BackboneFiles, known: str | None) -> None:
+    stated = read_weights_sha256(files.config) if files.config else None
+    if known is None and stated is None:
+        return
+    found = sha256_file(files.weights)
+    for digest, whose in ((known, "the one given"), (stated, f"that in {CONFIG_FILE}")):
+        if digest is not None and digest.lower() != found:
+            raise BackboneError(
+                f"{files.weights.name} has the sha256 {found}, which is not {whose}: it was "
+                "damaged or replaced; copy it again, or save the backbone anew"
+            )
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

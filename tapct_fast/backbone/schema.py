@@ -33,6 +33,7 @@ class _ConfigFile(BaseModel):
     format: Literal["tapct-backbone"]
     version: Literal[1]
     model_type: Literal["tapct"] = "tapct"
+    weights_sha256: str | None = None  # of the file beside it, as it was written
     vit: VitConfig
 
 
@@ -110,6 +111,12 @@ def read_config(path: Path) -> VitConfig | ForeignConfig:
     return config
 
 
+def read_weights_sha256(path: Path) -> str | None:
+    """Return the SHA-256 that a ``config.json`` of ours states for the weights beside it."""
+    stated = _read_json(path).get("weights_sha256")
+    return stated if isinstance(stated, str) else None
+
+
 def read_preprocess(path: Path) -> Preprocess:
     """Read ``preprocessor.json``.
 
@@ -122,9 +129,12 @@ def read_preprocess(path: Path) -> Preprocess:
     return preprocess
 
 
-def config_json(config: VitConfig) -> bytes:
+def config_json(config: VitConfig, *, weights_sha256: str | None = None) -> bytes:
     """Serialise ``config.json``; ``read_config`` gives an equal config back."""
-    return _dump(_ConfigFile(format="tapct-backbone", version=1, vit=config))
+    file = _ConfigFile(
+        format="tapct-backbone", version=1, weights_sha256=weights_sha256, vit=config
+    )
+    return _dump(file)
 
 
 def preprocess_json(preprocess: Preprocess) -> bytes:

@@ -308,3 +308,14 @@ def test_without_transformers_the_way_out_is_named() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert "pip install 'tapct-fast[hf]'" in done.stdout, done.stderr[-500:]
+
+
+def test_weights_changed_since_they_were_loaded_are_saved_as_they_are(
+    exported: Path, tmp_path: Path
+) -> None:
+    model = AutoModel.from_pretrained(exported)
+    with torch.no_grad():
+        model.backbone.vit.norm.bias.add_(1)
+    model.save_pretrained(tmp_path / "changed")  # the exported config states another sha256
+    again = load_backbone(tmp_path / "changed")
+    assert torch.equal(again.vit.norm.bias, model.backbone.vit.norm.bias)

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import re
 import sys
@@ -330,3 +331,20 @@ def test_a_released_config_must_agree_with_the_tensors(
     (tmp_path / "config.json").write_text(json.dumps(FOREIGN | stated))
     with pytest.raises(BackboneError, match=r"config\.json states"):
         load_backbone(tmp_path)
+
+
+def test_weights_that_are_not_those_stated_are_refused(tmp_path: Path, released: Released) -> None:
+    from tapct_fast.backbone.export import save_backbone
+
+    backbone = load_backbone(write(tmp_path, released()), precision="fp32")
+    folder = save_backbone(backbone, tmp_path / "saved")
+    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    assert json.loads((folder / "config.json").read_text())["weights_sha256"] == digest
+    load_backbone(folder, sha256=digest.upper())
+    with pytest.raises(BackboneError, match=r"not the one given.*copy it again"):
+        load_backbone(folder, sha256="0" * 64)
+    data = bytearray((folder / "model.safetensors").read_bytes())
+    data[-9] ^= 1  # a bit of a weight: nothing else can tell
+    (folder / "model.safetensors").write_bytes(data)
+    with pytest.raises(BackboneError, match=r"not that in config\.json"):
+        load_backbone(folder)
