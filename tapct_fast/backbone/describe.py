@@ -15,6 +15,7 @@ from tapct_fast import __version__
 from tapct_fast.backbone.architecture import canonical_names
 from tapct_fast.backbone.backbone import Backbone
 from tapct_fast.backbone.load import BackboneFiles
+from tapct_fast.backbone.schema import read_weights_sha256
 from tapct_fast.io.atomic import sha256_file
 
 _OPTIONAL = ("mask_token", "register_tokens", "ls1.gamma", "ls2.gamma")
@@ -33,7 +34,7 @@ def describe(backbone: Backbone, files: BackboneFiles) -> dict[str, str]:
         "architecture from": "config.json" if files.config else "the tensors",
         "parameters": f"{sum(p.numel() for p in backbone.vit.parameters()):,}",
         "tensors": _tensors_fact(files.weights),
-        "weights file": f"sha256 {sha256_file(files.weights)}",
+        "weights file": f"sha256 {sha256_file(files.weights)} ({_stated_where(files)})",
         "backbone in fp32": f"sha256 {backbone.fingerprint()}",
         "preprocessing": f"plane {resize}{' antialiased' if preprocess.antialias else ''}, padded "
         f"to multiples of {sizes_text((preprocess.depth_multiple, multiple, multiple))} with "
@@ -45,6 +46,12 @@ def describe(backbone: Backbone, files: BackboneFiles) -> dict[str, str]:
         f"python {platform.python_version()}",
         "device": _device_fact(backbone.device),
     }
+
+
+def _stated_where(files: BackboneFiles) -> str:
+    """Say what the hash was held to when the weights were loaded."""
+    stated = read_weights_sha256(files.config) if files.config else None
+    return "as config.json states" if stated else "stated nowhere"
 
 
 def _tensors_fact(weights: Path) -> str:

@@ -141,7 +141,8 @@ def test_head_of_the_table_says_what_was_checked(
         "- architecture from: config.json",
         f"- parameters: {sum(p.numel() for p in backbone.vit.parameters()):,}",
         "- tensors: 36 (F32), optional ones absent: none",
-        f"- weights file: sha256 {sha256((folder / 'model.safetensors').read_bytes())}",
+        f"- weights file: sha256 {sha256((folder / 'model.safetensors').read_bytes())} "
+        "(as config.json states)",
         f"- backbone in fp32: sha256 {backbone.fingerprint()}",
         "- preprocessing: plane 64x64, padded to multiples of 4x8x8 with -1024 HU, "
         "clip -1008..822, mean -86.8086, std 322.635",
@@ -187,6 +188,7 @@ def test_what_the_file_lacks_is_said(tmp_path: Path, folder: Path) -> None:
     assert report.holds
     absent = "31 (F16), optional ones absent: mask_token, ls1.gamma, ls2.gamma"
     assert report.facts["tensors"] == absent
+    assert report.facts["weights file"].endswith(" (stated nowhere)")
     assert "no LayerScale" in report.facts["architecture"]
     assert report.facts["architecture from"] == "the tensors"
     assert report.facts["preprocessing from"] == "the released default"
@@ -248,6 +250,7 @@ def test_a_nan_in_the_file_is_an_error_that_names_its_tensor(
     state = load_file(folder / "model.safetensors")
     state["model.blocks.1.mlp.fc1.weight"][3, 5] = torch.nan
     save_file(state, folder / "model.safetensors")
+    (folder / "config.json").unlink()  # states the hash of the file that was there
     assert cli.main(["check", str(folder)]) == BackboneError.exit_code
     captured = capsys.readouterr()
     assert "blocks.1.mlp.fc1.weight: holds NaN or infinite values" in captured.err
