@@ -12,6 +12,7 @@ heads, K head width, S some of the T.
 
 import dataclasses
 import math
+import re
 import statistics
 import time
 from collections.abc import Mapping
@@ -39,6 +40,7 @@ _PHANTOM_MM_ZYX = (240.0, 264.0, 352.0)  # the body of a phantom fits
 _MAX_VOXELS, _MAX_TOKENS = 1 << 27, 1 << 16  # 0.5 GB of float32; the definition takes T**2 time
 _MAX_SCORES = 1 << 25  # of the definition at a time: 128 MiB of float32
 _MAX_MATH_BYTES = 4 << 30  # of "sdpa math", whose memory grows with T**2
+_PATH = re.compile(r"\S*[/\\]\S*")  # an installation's folders can name its user
 _TIMED_RUNS, _TIMED_MS = 5, 2000.0  # whichever is reached first, one run at least
 
 
@@ -276,6 +278,9 @@ def _held(
     except torch.OutOfMemoryError:
         why = "out of memory; give a smaller --slices"
         return dataclasses.replace(row, verdict=f"not measured: {why}")
+    except RuntimeError as error:  # a kernel that took the trial's size and not this one
+        reason = _PATH.sub("...", (str(error).splitlines() or ["nothing said"])[0])
+        return dataclasses.replace(row, verdict=f"FAILS: {type(error).__name__}: {reason[:120]}")
     found = [out.pooler_output[:, None], out.registers, out.last_hidden_state]
     found_BTD, wanted_BTD = torch.cat(found, dim=1).double(), expected_BTD.double()
     distance = float((found_BTD - wanted_BTD).norm() / wanted_BTD.norm())

@@ -237,6 +237,18 @@ def test_one_wrong_token_is_enough(backbone: Backbone) -> None:
 
 
 @pytest.mark.usefixtures("amx_restored")
+def test_a_backend_that_raises_fails_without_a_path(backbone: Backbone) -> None:
+    def takes_small_ones(qkv_NT3HK: Tensor) -> Tensor:
+        if qkv_NT3HK.shape[1] > 64:
+            raise RuntimeError(f"no kernel in /home/{CANARY}/kernels.so for this size\nmore")
+        return attention_ref(qkv_NT3HK)
+
+    provide_amx(takes_small_ones, "broken 1.0")
+    row = row_of(parity(backbone, fixed_input(backbone))[0], "bf16", "amx")
+    assert row.verdict == "FAILS: RuntimeError: no kernel in ... for this size"
+
+
+@pytest.mark.usefixtures("amx_restored")
 def test_a_backend_that_fails_its_trial_is_not_run(backbone: Backbone) -> None:
     provide_amx(lambda qkv_NT3HK: 1.1 * attention_ref(qkv_NT3HK), "broken 1.0")
     rows, not_run = parity(backbone, fixed_input(backbone))
