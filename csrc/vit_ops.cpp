@@ -1,6 +1,8 @@
 #include "tapct/vit_ops.hpp"
 
 #include <algorithm>
+#include <bit>
+#include <cmath>
 #include <cstring>
 #include <limits>
 #include <memory>
@@ -8,6 +10,7 @@
 #include <stdexcept>
 
 #include "tapct/team.hpp"
+#include "tapct/zscore.hpp"
 
 #if defined(__x86_64__) && defined(__linux__)
 #define TAPCT_HAS_X86 1
@@ -319,35 +322,39 @@ TAPCT_AVX512 void norm_row(float* x, const std::uint16_t* branch, const float* w
   }
 }
 
-// erf by Abramowitz and Stegun 7.1.26, 1.5e-7; the reciprocal is good to 2^-14.
-TAPCT_AVX512 inline __m512 gelu_of(__m512 x) {
-  const __m512 z = _mm512_mul_ps(_mm512_abs_ps(x), _mm512_set1_ps(0.70710678F));
-  const __m512 t =
-      _mm512_rcp14_ps(_mm512_fmadd_ps(z, _mm512_set1_ps(0.3275911F), _mm512_set1_ps(1)));
-  __m512 series = _mm512_fmadd_ps(t, _mm512_set1_ps(1.061405429F), _mm512_set1_ps(-1.453152027F));
-  series = _mm512_fmadd_ps(series, t, _mm512_set1_ps(1.421413741F));
-  series = _mm512_fmadd_ps(series, t, _mm512_set1_ps(-0.284496736F));
-  series = _mm512_fmadd_ps(series, t, _mm512_set1_ps(0.254829592F));
-  // 1 - erf(z)
-  const __m512 tail =
-      _mm512_mul_ps(_mm512_mul_ps(series, t),
-                    exp2_of(_mm512_mul_ps(_mm512_mul_ps(z, z), _mm512_set1_ps(-1.44269504F))));
-  // x (1 - tail / 2) above zero, x tail / 2 below: neither cancels.
-  const __m512 half = _mm512_mul_ps(_mm512_mul_ps(x, tail), _mm512_set1_ps(0.5F));
-  const __mmask16 is_negative = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_LT_OQ);
-  return _mm512_mask_mov_ps(_mm512_sub_ps(x, half), is_negative, half);
+// GELU of every bfloat16, rounded from double: 128 KB, of which what tokens hold fits the L1 cache.
+const std::uint16_t* gelu_table() {
+  constexpr std::size_t count = 1 << 16;
+  static const std::unique_ptr<std::uint16_t[]> table = [] {
+    // One more than there are: a lane loads 32 bits and uses 16.
+    std::unique_ptr<std::uint16_t[]> values(new std::uint16_t[count + 1]());
+    for (std::size_t bits = 0; bits < count; ++bits) {
+      const auto x =
+          static_cast<double>(std::bit_cast<float>(static_cast<std::uint32_t>(bits << 16)));
+      const double y = x == 0 ? x : x * 0.5 * std::erfc(-x * 0.7071067811865476);
+      // Quiet NaN: rounding would carry its last bits into infinity. And 0 x of minus infinity.
+      values[bits] = std::isnan(y) ? std::uint16_t{0x7fc0} : to_bf16(static_cast<float>(y));
+    }
+    return values;
+  }();
+  return table.get();
+}
+
+TAPCT_AVX512 inline __m512i look_up(const std::uint16_t* table, __m256i bits) {
+  const __m512i found = _mm512_i32gather_epi32(_mm512_cvtepu16_epi32(bits), table, 2);
+  return _mm512_and_si512(found, _mm512_set1_epi32(0xffff));
 }
 
 TAPCT_AVX512 void gelu_run(std::uint16_t* x, std::size_t count) {
+  const std::uint16_t* table = gelu_table();
   std::size_t i = 0;
-  for (; i + 32 <= count; i += 32) {
-    store_narrow(x + i, gelu_of(load_wide(x + i)), gelu_of(load_wide(x + i + 16)));
+  for (; i + 16 <= count; i += 16) {
+    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + i));
+    const __m256i out = _mm512_cvtepi32_epi16(look_up(table, bits));
+    std::memcpy(x + i, &out, sizeof(out));
   }
-  if (i < count) {
-    std::uint16_t rest[32] = {};
-    std::memcpy(rest, x + i, (count - i) * sizeof(rest[0]));
-    store_narrow(rest, gelu_of(load_wide(rest)), gelu_of(load_wide(rest + 16)));
-    std::memcpy(x + i, rest, (count - i) * sizeof(rest[0]));
+  for (; i < count; ++i) {
+    x[i] = table[x[i]];
   }
 }
 

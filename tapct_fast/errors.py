@@ -66,3 +66,9 @@ class TrainError(TapctError, RuntimeError):
     """Training stopped before a step that would have damaged the weights."""
 
     exit_code = 70
+
+
+class StoppedError(TapctError):
+    """A run was asked to stop and has written a checkpoint; the same command goes on."""
+
+    exit_code = 75  # EX_TEMPFAIL: a cluster may queue the job again

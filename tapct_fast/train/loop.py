@@ -17,7 +17,7 @@ import torch
 from tapct_fast.config import Config, to_json
 from tapct_fast.data.pipeline import ViewBatch, ViewPipeline
 from tapct_fast.data.rng import Stream, generator
-from tapct_fast.errors import InputError, TrainError
+from tapct_fast.errors import InputError, StoppedError, TrainError
 from tapct_fast.io.atomic import write_atomic
 from tapct_fast.io.quarantine import Refusal, write_quarantine
 from tapct_fast.io.store import Store
@@ -26,6 +26,7 @@ from tapct_fast.ssl.param_groups import build_optimizer, param_groups
 from tapct_fast.ssl.schedules import StepValues, step_values
 from tapct_fast.train.checkpoint import Run, has_run, load_latest, save
 from tapct_fast.train.log import RunLog, notify
+from tapct_fast.train.signals import StopSignals
 from tapct_fast.train.step import StepMetrics, train_step
 from tapct_kernels.attention import choose_backend as choose_attention
 
@@ -69,6 +70,7 @@ def train(
         StoreError: The store is missing or empty, or too many of its cases are damaged.
         CheckpointError: The run in ``out_dir`` has other settings or another store, or is damaged.
         TrainError: A loss or gradient was not finite; the last checkpoint is intact.
+        StoppedError: SIGTERM or SIGUSR1 came; the checkpoint of the step then at work is written.
     """
     start = time.perf_counter()
     store = Store.open(store_dir)
@@ -169,7 +171,7 @@ def _run_steps(
     folder = out_dir / "checkpoints" / f"step-{first:08d}"
     waits: list[float] = []
     mark, mark_step = time.perf_counter(), first
-    with closing(pipeline.stream(first)) as stream:
+    with StopSignals() as stop, closing(pipeline.stream(first)) as stream:
         for step in range(first, settings.num_steps):
             values = step_values(
                 config.schedule,
@@ -198,9 +200,15 @@ def _run_steps(
                 mark, mark_step = now, done
                 waits.clear()
             log.advance()
-            if done % settings.checkpoint_every == 0 or done == settings.num_steps:
+            is_last = done == settings.num_steps
+            if done % settings.checkpoint_every == 0 or is_last or stop.received:
                 log.sync()
                 folder = save(run, out_dir, done)
+            if stop.received and not is_last:
+                raise StoppedError(
+                    f"stopped by {stop.received} behind the checkpoint of step {done}; the same "
+                    "command goes on"
+                )
     return folder
 
 

@@ -3,8 +3,10 @@
 Shape suffixes: B batch, C channel, Z Y X voxels, D width.
 """
 
+import dataclasses
 import importlib
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -183,19 +185,38 @@ def test_float16_survives_what_overflows_it() -> None:
     assert cosine.min() > 0.999
 
 
+# In bf16 with heads of 64, where the CPU has them, by our native kernels.
+WIDE = dataclasses.replace(CONFIG, dim=128, head_dim=64)
+
+
 @torch.no_grad()
-def test_compiled_inference_is_one_graph_for_all_batch_sizes() -> None:
-    eager, compiled = make_backbone(), make_backbone(compile=True)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_compiled_inference_is_one_graph_for_all_batch_sizes(precision: str) -> None:
+    eager = make_backbone(WIDE, precision=precision)
+    compiled = make_backbone(WIDE, precision=precision, compile=True)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     for batch in (2, 3, 5):
-        x = pixels(batch)
-        torch.testing.assert_close(
-            compiled(x).last_hidden_state, eager(x).last_hidden_state, atol=1e-4, rtol=1e-4
-        )
+        ours, expected = (b(pixels(batch)).last_hidden_state for b in (compiled, eager))
+        if precision == "fp32":
+            torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
+        assert torch.cosine_similarity(ours, expected, dim=-1).min() > 0.9995
     counters = torch._dynamo.utils.counters
     assert not counters["graph_break"]
     assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_threads_may_share_a_backbone(precision: str) -> None:
+    backbone = make_backbone(WIDE, precision=precision)
+
+    def run(_: int) -> Tensor:
+        with torch.no_grad():  # of each thread
+            return backbone(pixels()).last_hidden_state
+
+    with ThreadPoolExecutor(6) as pool:
+        first, *others = pool.map(run, range(12))
+    assert all(torch.equal(other, first) for other in others)
 
 
 def test_the_default_precision_is_that_of_the_hardware(monkeypatch: pytest.MonkeyPatch) -> None:

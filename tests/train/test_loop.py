@@ -5,7 +5,10 @@ import hashlib
 import json
 import math
 import multiprocessing
+import os
+import re
 import shutil
+import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +22,13 @@ from numpy.typing import NDArray
 from tapct_fast.config import Config, from_json
 from tapct_fast.data.pipeline import ViewBatch, ViewPipeline
 from tapct_fast.data.samples import Sample
-from tapct_fast.errors import CheckpointError, InputError, StoreError, TrainError
+from tapct_fast.errors import (
+    CheckpointError,
+    InputError,
+    StoppedError,
+    StoreError,
+    TrainError,
+)
 from tapct_fast.io.store import Store
 from tapct_fast.train.loop import choose_backend, train, uniform_loss
 
@@ -123,6 +132,39 @@ def test_runs_killed_at_any_time_repeat_the_uninterrupted_one_bit_for_bit(
     train(config, tiny_store, out)
     assert rows(out) == rows(tmp_path / "whole")
     assert hashes(out) == hashes(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("which", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_stops_behind_a_checkpoint_and_the_run_goes_on_bit_for_bit(
+    finished: Path,
+    tiny_config: Config,
+    tiny_store: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    which: signal.Signals,
+) -> None:
+    make = ViewPipeline._batch
+
+    def signalling(self: ViewPipeline, at: int, micro: int, loaded: Loaded) -> Made:
+        if (at, micro) == (4, 1):
+            os.kill(os.getpid(), which)  # handled in the main thread
+        return make(self, at, micro, loaded)
+
+    before = signal.getsignal(which)
+    with monkeypatch.context() as patch:
+        patch.setattr(ViewPipeline, "_batch", signalling)
+        with pytest.raises(
+            StoppedError, match=f"{which.name} behind the checkpoint of step"
+        ) as error:
+            train(tiny_config, tiny_store, tmp_path)
+    assert error.value.exit_code == 75
+    assert signal.getsignal(which) is before
+    (step,) = map(int, re.findall(r"of step (\d+)", str(error.value)))
+    assert (tmp_path / "checkpoints" / f"step-{step:08d}").is_dir()
+    assert step < 6
+    train(tiny_config, tiny_store, tmp_path)
+    assert rows(tmp_path) == rows(finished)
+    assert hashes(tmp_path) == hashes(finished)
 
 
 def test_a_damaged_case_is_listed_and_a_resumed_run_still_repeats_the_first(

@@ -25,7 +25,7 @@ void add_norm(float* x, const std::uint16_t* branch, const float* weight, const 
               float eps, std::uint16_t* out, std::size_t num_rows, std::size_t width,
               std::size_t threads);
 
-// x = x Phi(x) in place, to the rounding of bfloat16. Needs has_avx512_bf16.
+// x = x Phi(x) in place, the nearest bfloat16; what is not finite stays so. Needs has_avx512_bf16.
 void gelu(std::uint16_t* x, std::size_t count, std::size_t threads);
 
 }  // namespace tapct
