@@ -260,6 +260,7 @@ def test_help_of_each_verb_says_what_it_needs(capsys: pytest.CaptureFixture[str]
         "locate": "STORE CASE SRC",
         "train": "--schedule.base_lr",
         "export": "RUN OUT",
+        "check": "[--slices N] [--json FILE]",
         "embed": "BACKBONE SCAN",
         "probe": "--labels LABELS",
         "doctor": "usage: tapct-fast doctor",

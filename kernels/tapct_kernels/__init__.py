@@ -9,6 +9,7 @@ from tapct_kernels.attention import (
     attention_varlen,
     choose_backend,
     choose_varlen_backend,
+    try_backends,
 )
 from tapct_kernels.block_masks import (
     BlockLaw,
@@ -52,4 +53,5 @@ __all__ = [
     "sinkhorn",
     "sinkhorn_ref",
     "softmax_targets",
+    "try_backends",
 ]

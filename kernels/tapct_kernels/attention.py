@@ -74,6 +74,14 @@ class Backend(NamedTuple):
         return f"{self.name} ({self.version})"
 
 
+class Trial(NamedTuple):
+    """What became of one backend when it was tried; ``refusal`` is None where it runs."""
+
+    name: BackendName
+    version: str  # empty where it was refused
+    refusal: str | None
+
+
 # Of "amx": a kernel for bfloat16 on CPUs with AMX, which this library, being Python, cannot hold.
 _provided: list[tuple[Callable[[Tensor], Tensor], str]] = []
 
@@ -192,6 +200,21 @@ def choose_backend(
     names = _DENSE.get(device_type, ("sdpa",))
     facts = (device_type, dtype, head_width, needs_grad, is_deterministic)
     return _first_usable(names, lambda name: _dense_refusal(cast(BackendName, name), *facts))
+
+
+def try_backends(
+    device_type: str,
+    dtype: torch.dtype,
+    head_width: int,
+    needs_grad: bool,
+    is_deterministic: bool = False,
+) -> tuple[Trial, ...]:
+    """Try every backend of ``attention``, best first; see ``choose_backend``, which takes one."""
+    trials = []
+    for name in _DENSE.get(device_type, ("sdpa",)):
+        refusal = _dense_refusal(name, device_type, dtype, head_width, needs_grad, is_deterministic)
+        trials.append(Trial(name, "" if refusal else _version(name), refusal))
+    return tuple(trials)
 
 
 @functools.cache

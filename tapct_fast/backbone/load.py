@@ -27,14 +27,18 @@ from tapct_fast.model.vit import Vit
 from tapct_kernels.attention import BackendName
 
 WEIGHTS_FILE = "model.safetensors"
+CARD_FILE = "README.md"  # the hub's model card
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
-class _Files(NamedTuple):
+class BackboneFiles(NamedTuple):
+    """Where a backbone lies; None where a file is absent."""
+
     weights: Path
-    config: Path | None
-    preprocessor: Path | None
+    config: Path | None = None
+    preprocessor: Path | None = None
+    card: Path | None = None
 
 
 def load_backbone(
@@ -67,7 +71,7 @@ def load_backbone(
         BackboneError: The weights or their config are damaged or fit no known architecture.
     """
     place = _device(device)
-    files = _find(path_or_repo, revision)
+    files = find_files(path_or_repo, revision)
     named = canonical_names(_read_tensors(files.weights))
     stated = read_config(files.config) if files.config else None
     config = stated if isinstance(stated, VitConfig) else read_architecture(named, stated)
@@ -123,13 +127,19 @@ def _device(device: str | torch.device) -> torch.device:
     return place
 
 
-def _find(path_or_repo: str | Path, revision: str | None) -> _Files:
+def find_files(path_or_repo: str | Path, revision: str | None = None) -> BackboneFiles:
+    """Say where the files of a backbone lie, and download those of a hub id.
+
+    Raises:
+        InputError: Nothing is there.
+        BackboneError: It is no safetensors file.
+    """
     path = Path(path_or_repo)
     if path.is_file():
         if path.suffix != ".safetensors":
             what = "a pickle, which can run code" if path.suffix in _PICKLES else "unknown"
             raise BackboneError(f"a {path.suffix or 'nameless'} file is {what}; give .safetensors")
-        return _neighbours(path) if path.name == WEIGHTS_FILE else _Files(path, None, None)
+        return _neighbours(path) if path.name == WEIGHTS_FILE else BackboneFiles(path)
     if path.is_dir():
         weights = path / WEIGHTS_FILE
         if weights.is_file():
@@ -144,13 +154,10 @@ def _find(path_or_repo: str | Path, revision: str | None) -> _Files:
     )
 
 
-def _neighbours(weights: Path) -> _Files:
-    config, preprocessor = (weights.parent / name for name in (CONFIG_FILE, PREPROCESSOR_FILE))
-    return _Files(
-        weights,
-        config if config.is_file() else None,
-        preprocessor if preprocessor.is_file() else None,
-    )
+def _neighbours(weights: Path) -> BackboneFiles:
+    names = (CONFIG_FILE, PREPROCESSOR_FILE, CARD_FILE)
+    beside = (weights.with_name(name) for name in names)
+    return BackboneFiles(weights, *(path if path.is_file() else None for path in beside))
 
 
 def _download(repo: str, revision: str | None) -> Path:
@@ -161,7 +168,7 @@ def _download(repo: str, revision: str | None) -> Path:
         raise InputError(
             "no such folder or file; to read it as a hub id: pip install 'tapct-fast[hf]'"
         ) from None
-    names = [WEIGHTS_FILE, CONFIG_FILE, PREPROCESSOR_FILE]
+    names = [WEIGHTS_FILE, CONFIG_FILE, PREPROCESSOR_FILE, CARD_FILE]
     try:
         # Only these names: a repository's code is never fetched. The hub library compares sizes.
         folder = Path(snapshot_download(repo, revision=revision, allow_patterns=names))
@@ -173,7 +180,7 @@ def _download(repo: str, revision: str | None) -> Path:
     return folder
 
 
-def _check_sha256(files: _Files, known: str | None) -> None:
+def _check_sha256(files: BackboneFiles, known: str | None) -> None:
     stated = read_weights_sha256(files.config) if files.config else None
     if known is None and stated is None:
         return

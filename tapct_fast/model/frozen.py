@@ -17,12 +17,15 @@ from torch import Tensor, nn
 from tapct_fast.model import cpu_ops
 from tapct_fast.model.block import Block, LayerScale, SwiGlu
 from tapct_fast.model.vit import Vit, VitOutput
-from tapct_kernels import attention, layer_norm, residual_norm
+from tapct_kernels import attention, layer_norm, residual, residual_norm
 from tapct_kernels.attention import BackendName
 
 # float16 ends at 65504, which branches of large models pass: their last layers are scaled down, and
 # the branch up again where it joins the float32 stream.
 _FP16_SCALE = 16.0
+# It begins at 6e-8, which weights times a small LayerScale fall below (1e-5 at the start of
+# training): only this much of a smaller one goes into the weights, the rest joins the scale.
+_FP16_GAMMA = 0.125
 
 
 class _Linear(nn.Module):
@@ -40,8 +43,13 @@ class _Linear(nn.Module):
     ) -> None:
         super().__init__()
         weight_OI, bias_O = linear.weight.detach(), linear.bias.detach()
+        self.rest_O: Tensor | None
+        self.register_buffer("rest_O", None)  # of LayerScale, for whoever adds the branch
         if layer_scale is not None and layer_scale.gamma is not None:
             gamma_O = layer_scale.gamma.detach()
+            if dtype == torch.float16:
+                self.rest_O = (gamma_O.abs() / _FP16_GAMMA).clamp(max=1)
+                gamma_O = gamma_O.sign() * gamma_O.abs().clamp(min=_FP16_GAMMA)
             weight_OI, bias_O = weight_OI * gamma_O[:, None], bias_O * gamma_O
         if scale != 1:
             weight_OI, bias_O = weight_OI / scale, bias_O / scale
@@ -140,12 +148,13 @@ class FrozenVit(nn.Module):
         normed_BTD = self._norm(x_BTD, blocks[0].norm1)
         for i, block in enumerate(blocks):
             branch_BTD = self._attend(block, normed_BTD)
-            x_BTD, normed_BTD = self._add_norm(x_BTD, branch_BTD, block.norm2)
+            x_BTD, normed_BTD = self._add_norm(x_BTD, branch_BTD, block.proj, block.norm2)
             branch_BTD = self._feed(block, normed_BTD)
             if i + 1 < num_blocks:
-                x_BTD, normed_BTD = self._add_norm(x_BTD, branch_BTD, blocks[i + 1].norm1)
+                next_norm = blocks[i + 1].norm1
+                x_BTD, normed_BTD = self._add_norm(x_BTD, branch_BTD, block.last, next_norm)
             else:
-                x_BTD = torch.add(x_BTD, branch_BTD, alpha=self._scale)
+                x_BTD = residual(x_BTD, branch_BTD, block.last.rest_O, scale=self._scale)
             if i in taps:
                 tapped.append(x_BTD.clone() if self._is_native else x_BTD)
         return x_BTD, tapped
@@ -177,13 +186,13 @@ class FrozenVit(nn.Module):
         return normed_BTD
 
     def _add_norm(
-        self, x_BTD: Tensor, branch_BTD: Tensor, norm: nn.LayerNorm
+        self, x_BTD: Tensor, branch_BTD: Tensor, linear: _Linear, norm: nn.LayerNorm
     ) -> tuple[Tensor, Tensor]:
-        """Return the tokens with the branch added, in place where that is native, and normed."""
+        """Return the tokens with a layer's branch added, in place where native, and normed."""
         if self._is_native:
             return x_BTD, cpu_ops.add_norm(x_BTD, branch_BTD, norm.weight, norm.bias, norm.eps)
         x_BTD, normed_BTD = residual_norm(
-            *(x_BTD, branch_BTD, None, norm.weight, norm.bias),
+            *(x_BTD, branch_BTD, linear.rest_O, norm.weight, norm.bias),
             scale=self._scale,
             eps=norm.eps,
             dtype=self._dtype,

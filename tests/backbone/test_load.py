@@ -307,7 +307,7 @@ def test_a_hub_id_fetches_weights_and_json_and_no_code(
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
     monkeypatch.setitem(sys.modules, "huggingface_hub.errors", errors)
     assert load_backbone("owner/name", revision="v1").vit.config.dim == 64
-    names = ["model.safetensors", "config.json", "preprocessor.json"]
+    names = ["model.safetensors", "config.json", "preprocessor.json", "README.md"]
     assert asked == {"repo": "owner/name", "revision": "v1", "names": names}
 
 

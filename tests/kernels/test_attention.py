@@ -17,6 +17,7 @@ from tapct_kernels import (
     attention_varlen,
     choose_backend,
     choose_varlen_backend,
+    try_backends,
 )
 from tapct_kernels.attention import (
     _DENSE,
@@ -173,6 +174,16 @@ def test_choice_on_the_cpu_is_recorded_and_made_once() -> None:
         assert [name for name, _ in chosen.passed_over] == ["amx"]
         assert choose_backend("cpu", torch.float32, 64, needs_grad) is chosen
     assert choose_varlen_backend("cpu", torch.float32, 64, False).name == "dense"
+
+
+def test_every_backend_is_tried_in_the_order_of_choice() -> None:
+    trials = try_backends("cpu", torch.float32, 64, False)
+    assert [trial.name for trial in trials] == list(_DENSE["cpu"])
+    chosen = choose_backend("cpu", torch.float32, 64, False)
+    usable = [trial for trial in trials if trial.refusal is None]
+    assert (usable[0].name, usable[0].version) == (chosen.name, chosen.version)
+    assert [(t.name, t.refusal) for t in trials if t.refusal] == list(chosen.passed_over)
+    assert [t.name for t in usable] == ["sdpa flash", "sdpa math"]
 
 
 def test_backend_that_fails_or_errs_is_passed_over_with_the_reason() -> None:

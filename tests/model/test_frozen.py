@@ -52,6 +52,20 @@ def test_it_is_the_vit_up_to_rounding(changes: dict[str, object], dtype: torch.d
                 assert F.cosine_similarity(left, right, dim=-1).min() > 0.9995
 
 
+def test_float16_keeps_branches_of_a_small_layer_scale() -> None:
+    vit = Vit(CONFIG).eval()
+    vit.init_weights(0)  # registers start at 1e-6: branches are all they hold
+    gamma_D = torch.tensor([1e-5, -1e-5, 0.0, 1e-4]).repeat(CONFIG.dim // 4)
+    with torch.no_grad():
+        for block in vit.blocks:
+            block.ls1.gamma.copy_(gamma_D)
+            block.ls2.gamma.copy_(gamma_D.flip(0))
+        expected_BRD = vit(volumes()).registers_BRD
+    found_BRD = FrozenVit(vit, torch.float16)(volumes()).registers_BRD
+    # Ten roundings of float16; with branches that became zero it was off by 0.2.
+    assert (found_BRD - expected_BRD).norm() <= 5e-3 * expected_BRD.norm()
+
+
 def test_stopping_early_gives_the_tokens_there() -> None:
     vit = make_vit()
     frozen = FrozenVit(vit, torch.float32)
