@@ -8,6 +8,7 @@ but the name of the processor's class.
 
 import dataclasses
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -134,7 +135,7 @@ def config_json(config: VitConfig, *, weights_sha256: str | None = None) -> byte
     file = _ConfigFile(
         format="tapct-backbone", version=1, weights_sha256=weights_sha256, vit=config
     )
-    return _dump(file)
+    return _dump(file, {"weights_sha256"} if weights_sha256 is None else ())
 
 
 def preprocess_json(preprocess: Preprocess) -> bytes:
@@ -147,5 +148,5 @@ def processor_class_json() -> bytes:
     return f'{{"image_processor_type": "{PROCESSOR_CLASS}"}}\n'.encode()
 
 
-def _dump(file: BaseModel) -> bytes:
-    return (file.model_dump_json(indent=1) + "\n").encode()
+def _dump(file: BaseModel, left_out: Collection[str] = ()) -> bytes:
+    return (file.model_dump_json(indent=1, exclude=set(left_out)) + "\n").encode()
