@@ -26,12 +26,15 @@ EPS = 1e-6
 def explicit(q_BHQK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor) -> Tensor:
     """Attend with all weights in memory."""
     weight_BHQT = (q_BHQK * q_BHQK.shape[-1] ** -0.5 @ k_BHTK.mT).softmax(-1)
-    return weight_BHQT @ v_BHTK
+    out_BHQK: Tensor = weight_BHQT @ v_BHTK
+    return out_BHQK
 
 
 def chunked(q_BHQK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor) -> Tensor:
     """Attend 256 queries at a time."""
-    return torch.cat([explicit(part, k_BHTK, v_BHTK) for part in q_BHQK.split(256, dim=2)], dim=2)
+    return torch.cat(
+        [explicit(part, k_BHTK, v_BHTK) for part in torch.split(q_BHQK, 256, dim=2)], dim=2
+    )
 
 
 def fused(q_BHQK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor) -> Tensor:
@@ -85,7 +88,18 @@ class _Block(nn.Module):
     def forward(self, x_BTD: Tensor, queries_Q: Tensor | None) -> Tensor:
         x_BQD = x_BTD if queries_Q is None else x_BTD[:, queries_Q]
         x_BQD = x_BQD + self.ls1.gamma * self.attn(self.norm1(x_BTD), queries_Q)
-        return x_BQD + self.ls2.gamma * self.mlp(self.norm2(x_BQD))
+        out_BQD: Tensor = x_BQD + self.ls2.gamma * self.mlp(self.norm2(x_BQD))
+        return out_BQD
+
+
+class _PatchEmbed(nn.Module):
+    def __init__(self, config: VitConfig) -> None:
+        super().__init__()
+        self.proj = nn.Conv3d(1, config.dim, config.patch_zyx, stride=config.patch_zyx)
+
+    def forward(self, x_BCZYX: Tensor) -> Tensor:
+        patch_BDZYX: Tensor = self.proj(x_BCZYX)
+        return patch_BDZYX
 
 
 class PlainVit(nn.Module):
@@ -99,15 +113,14 @@ class PlainVit(nn.Module):
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + z * y * x, config.dim))
         self.register_tokens = nn.Parameter(torch.empty(1, config.num_registers, config.dim))
         self.mask_token = nn.Parameter(torch.empty(1, config.dim))  # of training; in the weights
-        self.patch_embed = nn.Module()
-        self.patch_embed.proj = nn.Conv3d(1, config.dim, config.patch_zyx, stride=config.patch_zyx)
+        self.patch_embed = _PatchEmbed(config)
         self.blocks = nn.ModuleList(_Block(config, attend) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.dim, eps=EPS)
 
     def forward(self, x_BCZYX: Tensor, queries_Q: Tensor | None = None) -> Tensor:
         """Return normed tokens_BTD, or of the last block only the rows ``queries_Q``."""
-        patch_BDZYX = self.patch_embed.proj(x_BCZYX)
-        pos_1DZYX = self.pos_embed[:, 1:].mT.unflatten(2, self.config.grid_zyx)
+        patch_BDZYX = self.patch_embed(x_BCZYX)
+        pos_1DZYX = self.pos_embed[:, 1:].mT.reshape(1, -1, *self.config.grid_zyx)
         if patch_BDZYX.shape[2:] != pos_1DZYX.shape[2:]:
             pos_1DZYX = F.interpolate(pos_1DZYX, size=patch_BDZYX.shape[2:], mode="trilinear")
         patch_BLD = (patch_BDZYX + pos_1DZYX).flatten(2).mT
