@@ -12,8 +12,10 @@ if TYPE_CHECKING:
     from tapct_fast.backbone.export import export_backbone
     from tapct_fast.backbone.load import load_backbone
     from tapct_fast.backbone.load_scans import LoadedScans, load_for_tapct
+    from tapct_fast.backbone.processor import TAPCTProcessor
     from tapct_fast.config import Config
-    from tapct_fast.downstream.embed import embed_scans, embed_volume
+    from tapct_fast.downstream.embed import embed_scans
+    from tapct_fast.downstream.encode import embed_volume, encode_scan
     from tapct_fast.downstream.probe import knn, linear_segmentation
     from tapct_fast.errors import TapctError
     from tapct_fast.io.convert import (
@@ -42,12 +44,14 @@ _HOMES = {
     "Report": "io.findings",
     "Store": "io.store",
     "TAPCTModel": "backbone.backbone",
+    "TAPCTProcessor": "backbone.processor",
     "TapctError": "errors",
     "Volume": "io.volume",
     "check_series": "io.read",
     "check_volume": "io.read",
     "embed_scans": "downstream.embed",
-    "embed_volume": "downstream.embed",
+    "embed_volume": "downstream.encode",
+    "encode_scan": "downstream.encode",
     "export_backbone": "backbone.export",
     "from_monai": "io.convert",
     "from_nibabel": "io.convert",
@@ -74,12 +78,14 @@ __all__ = [
     "Report",
     "Store",
     "TAPCTModel",
+    "TAPCTProcessor",
     "TapctError",
     "Volume",
     "check_series",
     "check_volume",
     "embed_scans",
     "embed_volume",
+    "encode_scan",
     "export_backbone",
     "from_monai",
     "from_nibabel",

@@ -410,7 +410,9 @@ def _parser() -> _Parser:
         default=0.5,
         help="of neighbouring windows, 0 to 0.9 (default: 0.5)",
     )
-    embed.add_argument("--batch-size", type=int, default=4, help="windows per forward (default: 4)")
+    embed.add_argument(
+        "--batch-size", type=int, help="windows per forward (default: what free memory allows)"
+    )
     embed.add_argument("--device", default="cpu")
     embed.add_argument(
         "--no-check-hu",

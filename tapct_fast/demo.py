@@ -26,7 +26,7 @@ from tapct_fast.backbone.load import load_backbone
 from tapct_fast.config import Config
 from tapct_fast.data.phantom import HU_TWINS, LABEL_NAMES, write_phantoms
 from tapct_fast.downstream.dice import ProbeResult
-from tapct_fast.downstream.embed import embed_volume
+from tapct_fast.downstream.encode import embed_volume
 from tapct_fast.downstream.features import Features
 from tapct_fast.downstream.probe import (
     Scan,

@@ -12,7 +12,7 @@ from tapct_fast.backbone.backbone import Backbone
 from tapct_fast.backbone.export import export_backbone
 from tapct_fast.backbone.load import load_backbone
 from tapct_fast.data.phantom import HU_TWINS, LABEL_NAMES, write_phantoms
-from tapct_fast.downstream.embed import embed_volume
+from tapct_fast.downstream.encode import embed_volume
 from tapct_fast.downstream.probe import Scan, linear_segmentation
 from tapct_fast.io.pack import pack
 from tapct_fast.io.read import read_labels, read_volume

@@ -177,6 +177,8 @@ class Backbone(nn.Module):
             InputError: Wrong shape or type, or float values that look like HU.
             BackboneError: The output is not finite; says why.
         """
+        if type(pixel_values) is not Tensor and not torch.compiler.is_compiling():
+            pixel_values = pixel_values.as_subclass(Tensor)  # MONAI's adds metadata, and fails here
         x_BCZYX = self._padded(pixel_values)
         vit, frozen = self._ready(x_BCZYX)
         if frozen is not None:
@@ -352,9 +354,9 @@ class Backbone(nn.Module):
         """Return the Vit, and for inference the copy that runs in its place."""
         if torch.is_grad_enabled() or self.training or torch.compiler.is_compiling():
             return self.vit, None
-        if not _is_plain(self.vit):
-            return self.vit, None
         weights = [*self.vit.parameters()]
+        if not _is_plain(self.vit) or any(w.dtype != torch.float32 for w in weights):
+            return self.vit, None
         # A version counts the writes to a tensor; inference tensors keep none, and have none.
         key = tuple(
             (w.data_ptr(), w.device, 0 if w.is_inference() else w._version) for w in weights

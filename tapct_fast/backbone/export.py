@@ -1,4 +1,7 @@
-"""Write a backbone as a folder: ``model.safetensors``, ``config.json``, ``preprocessor.json``."""
+"""Write a backbone as a folder: ``model.safetensors``, ``config.json``, ``preprocessor.json``.
+
+A fourth file, ``preprocessor_config.json``, only tells transformers which class reads the third.
+"""
 
 import hashlib
 import math
@@ -20,8 +23,10 @@ from tapct_fast.backbone.preprocess import Preprocess
 from tapct_fast.backbone.schema import (
     CONFIG_FILE,
     PREPROCESSOR_FILE,
+    PROCESSOR_CLASS_FILE,
     config_json,
     preprocess_json,
+    processor_class_json,
 )
 from tapct_fast.config import Config, VitConfig, from_json
 from tapct_fast.errors import CheckpointError, ConfigError, FormatError, InputError
@@ -75,7 +80,7 @@ def save_backbone(backbone: Backbone, out: Path) -> Path:
 def _write(
     named: Mapping[str, Tensor], config: VitConfig, preprocess: Preprocess, out: Path
 ) -> Path:
-    ours = {WEIGHTS_FILE, CONFIG_FILE, PREPROCESSOR_FILE}
+    ours = {WEIGHTS_FILE, CONFIG_FILE, PREPROCESSOR_FILE, PROCESSOR_CLASS_FILE}
     if out.exists() and (not out.is_dir() or {p.name for p in out.iterdir()} - ours):
         raise InputError("OUT exists and holds other files; name a new folder")
     state = check_state(config, named)
@@ -86,6 +91,7 @@ def _write(
             (folder / WEIGHTS_FILE).write_bytes(tensor_bytes(tensors, {"format": "pt"}))
             (folder / CONFIG_FILE).write_bytes(config_json(config))
             (folder / PREPROCESSOR_FILE).write_bytes(preprocess_json(preprocess))
+            (folder / PROCESSOR_CLASS_FILE).write_bytes(processor_class_json())
     except OSError as error:
         raise InputError(f"OUT cannot be written: {error.strerror}") from None
     return out

@@ -83,6 +83,19 @@ def load_backbone(
     return backbone.to(place).eval()
 
 
+def load_preprocess(path_or_repo: str | Path, *, revision: str | None = None) -> Preprocess:
+    """Read the preprocessing of a backbone, or that of its architecture where none is saved.
+
+    Raises:
+        InputError: Nothing is there.
+        BackboneError: A file is damaged.
+    """
+    path = Path(path_or_repo)
+    if (path / PREPROCESSOR_FILE).is_file():
+        return read_preprocess(path / PREPROCESSOR_FILE)
+    return load_backbone(path_or_repo, revision=revision).preprocess
+
+
 def default_preprocess(config: VitConfig) -> Preprocess:
     """Return the released processor's steps, with the plane and multiples of an architecture."""
     pz, py, px = config.patch_zyx

@@ -70,11 +70,12 @@ class Preprocess:
 
     def padded_zyx(self, pixels_zyx: Zyx) -> Zyx:
         """Return the size after padding of what has this size after resizing."""
-        z, y, x = (size + -size % m for size, m in zip(pixels_zyx, self._multiples, strict=True))
+        z, y, x = (size + -size % m for size, m in zip(pixels_zyx, self.multiples_zyx, strict=True))
         return z, y, x
 
     @property
-    def _multiples(self) -> Zyx:
+    def multiples_zyx(self) -> Zyx:
+        """What each axis is padded to a multiple of."""
         return self.depth_multiple, self.plane_multiple, self.plane_multiple
 
     def pixel_affine(self, shape_zyx: Zyx) -> NDArray[np.float64]:
@@ -106,7 +107,7 @@ class Preprocess:
         """
         if isinstance(hu, Volume):
             hu = torch.from_numpy(hu.hu_ZYX)[None, None]
-        _check_is_hu(hu)
+        check_is_hu(hu)
         pixels_BCZYX = hu.float()
         if self.resize_yx and self.resize_yx != tuple(hu.shape[3:]):
             slices_NYX = pixels_BCZYX.flatten(0, 2)[:, None]
@@ -114,7 +115,7 @@ class Preprocess:
                 slices_NYX, size=self.resize_yx, mode="bilinear", antialias=self.antialias
             )[:, 0]
             pixels_BCZYX = slices_NYX.reshape(*hu.shape[:3], *self.resize_yx)
-        pixels_BCZYX = pad_end(pixels_BCZYX, self._multiples, self.pad_hu)
+        pixels_BCZYX = pad_end(pixels_BCZYX, self.multiples_zyx, self.pad_hu)
         return pixels_BCZYX.clamp(*self.hu.clip).sub(self.hu.mean).div(self.hu.std)
 
 
@@ -126,7 +127,15 @@ def pad_end(x_BCZYX: Tensor, multiples_zyx: Zyx, value: float) -> Tensor:
     return F.pad(x_BCZYX, (0, extra[2], 0, extra[1], 0, extra[0]), value=value)
 
 
-def _check_is_hu(hu: Tensor) -> None:
+def token_affine(patch_zyx: Zyx) -> NDArray[np.float64]:
+    """Return the map from token index (x, y, z, 1) to the pixel index of its patch's centre."""
+    affine = np.diag([*patch_zyx[::-1], 1.0])
+    affine[:3, 3] = [(p - 1) / 2 for p in patch_zyx[::-1]]
+    return affine
+
+
+def check_is_hu(hu: Tensor) -> None:
+    """Refuse what cannot be a batch of HU; see ``Preprocess.apply`` for the errors."""
     if hu.ndim != 5 or hu.shape[1] != 1 or math.prod(hu.shape) == 0:
         raise InputError(f"HU of shape {tuple(hu.shape)} are not (B, 1, Z, Y, X)")
     if hu.dtype == torch.int16:

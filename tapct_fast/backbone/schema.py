@@ -2,6 +2,8 @@
 
 ``config.json`` and ``preprocessor.json`` of ours are strict. A ``config.json`` written for another
 library is only consulted for sizes under their usual names, which must agree with the tensors.
+transformers finds our classes by ``model_type`` in ``config.json`` and by a file that holds nothing
+but the name of the processor's class.
 """
 
 import dataclasses
@@ -17,6 +19,9 @@ from tapct_fast.errors import BackboneError
 
 CONFIG_FILE = "config.json"
 PREPROCESSOR_FILE = "preprocessor.json"
+PROCESSOR_CLASS_FILE = "preprocessor_config.json"  # transformers' name for it
+PROCESSOR_CLASS = "TAPCTProcessor"  # that of the released models
+MODEL_TYPE = "tapct"
 MAX_JSON_BYTES = 1 << 20  # ours are below 1 KiB
 
 # Any of these says that the file was written for transformers and not by us.
@@ -27,6 +32,7 @@ class _ConfigFile(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
     format: Literal["tapct-backbone"]
     version: Literal[1]
+    model_type: Literal["tapct"] = "tapct"
     vit: VitConfig
 
 
@@ -97,6 +103,8 @@ def read_config(path: Path) -> VitConfig | ForeignConfig:
     raw = _read_json(path)
     if "format" not in raw and raw.keys() & _FOREIGN_KEYS:
         return _parse(ForeignConfig, raw, path.name)
+    if "transformers_version" in raw:  # ours, written by transformers, which adds its own keys
+        raw = {name: raw[name] for name in _ConfigFile.model_fields if name in raw}
     config = _parse(_ConfigFile, raw, path.name).vit
     _require_complete(config, raw["vit"], f"{path.name}: vit")
     return config
@@ -122,6 +130,11 @@ def config_json(config: VitConfig) -> bytes:
 def preprocess_json(preprocess: Preprocess) -> bytes:
     """Serialise ``preprocessor.json``; ``read_preprocess`` gives an equal object back."""
     return _dump(_PreprocessorFile(format="tapct-preprocessor", version=1, preprocess=preprocess))
+
+
+def processor_class_json() -> bytes:
+    """Serialise ``preprocessor_config.json``, by which transformers finds the processor."""
+    return f'{{"image_processor_type": "{PROCESSOR_CLASS}"}}\n'.encode()
 
 
 def _dump(file: BaseModel) -> bytes:

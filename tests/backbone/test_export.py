@@ -54,6 +54,7 @@ def test_the_export_computes_what_the_run_computed(
         "model.safetensors",
         "config.json",
         "preprocessor.json",
+        "preprocessor_config.json",
     }
     backbone = load_backbone(out, precision="fp32")
     run = make_run(2)

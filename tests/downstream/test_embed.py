@@ -12,7 +12,8 @@ from torch import Tensor
 
 from tapct_fast.backbone.backbone import Backbone
 from tapct_fast.backbone.preprocess import Preprocess
-from tapct_fast.downstream.embed import EmbedReport, embed_scans, embed_volume
+from tapct_fast.downstream.embed import EmbedReport, embed_scans
+from tapct_fast.downstream.encode import embed_volume
 from tapct_fast.downstream.features import load_features
 from tapct_fast.errors import InputError
 from tapct_fast.io.pack import locate

@@ -3,7 +3,7 @@ import itertools
 import pytest
 import torch
 
-from tapct_fast.downstream.windows import Blend, gaussian_ZYX, starts, tile
+from tapct_fast.downstream.windows import Blend, blend_weight_ZYX, starts, tile
 from tapct_fast.errors import InputError
 
 
@@ -28,20 +28,20 @@ def test_the_released_window_moves_by_one_token_at_half_overlap() -> None:
 
 
 def test_gaussian_weights_are_the_formula() -> None:
-    weight_ZYX = gaussian_ZYX((3, 1, 4))
+    weight_ZYX = blend_weight_ZYX((3, 1, 4), "gaussian")
     for z, x in itertools.product(range(3), range(4)):
         squared = ((z - 1) / (0.125 * 3)) ** 2 + ((x - 1.5) / (0.125 * 4)) ** 2
         expected = torch.exp(torch.tensor(-0.5 * squared))
         torch.testing.assert_close(weight_ZYX[z, 0, x], expected)
-    assert gaussian_ZYX((3, 28, 28)).min() > 0
+    assert blend_weight_ZYX((3, 28, 28), "gaussian").min() > 0
 
 
 def test_blending_divides_by_the_weights_that_arrived() -> None:
     grid_zyx, window_zyx = (5, 9, 4), (3, 4, 4)
-    blend = Blend(grid_zyx, window_zyx)
+    blend = Blend(grid_zyx, window_zyx, "gaussian", torch.device("cpu"))
     total_ZYX = torch.zeros(grid_zyx, dtype=torch.float64)
     sum_ZYXC = torch.zeros(*grid_zyx, 2, dtype=torch.float64)
-    weight_ZYX = gaussian_ZYX(window_zyx).double()
+    weight_ZYX = blend_weight_ZYX(window_zyx, "gaussian").double()
     for start in tile(grid_zyx, window_zyx, 0.5):
         tokens_ZYXC = torch.randn(*window_zyx, 2)
         blend.add(start, tokens_ZYXC)

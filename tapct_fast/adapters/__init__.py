@@ -1,0 +1,1 @@
+"""The backbone inside other libraries, one module per library, each of which imports it."""
