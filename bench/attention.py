@@ -4,7 +4,8 @@ On CUDA in bfloat16: views of 437 tokens (local), 2,357 (global), and whole volu
 35,285 (64 and 180 slices), at both widths. A step is the forward and the gradient of qkv; its FLOPs
 are the seven products that are executed, one of them a recomputation. ``absent`` says why a backend
 did not run. Eager and compiled stop where their scores would take gigabytes.
-On the CPU one volume, width 384 (two heads of it at 12,549 tokens), in float32 and bfloat16, beside
+On the CPU one volume, width 384 (two heads of it at 12,549 tokens), in float32 and bfloat16, the
+latter in inference on AMX tiles where this CPU has them, with PyTorch's kernel as a rival, beside
 the rival that the op's docstring rejects: chunks of queries by bfloat16 products, softmax in
 between. They share a row, so all operands are bfloat16 numbers and the errors differ with the
 arithmetic alone.
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from bench.harness import Case, Device, Work, compiled, op_bench
+from tapct_fast.model import cpu_ops  # noqa: F401 - provides the backend "amx"
 from tapct_kernels.attention import (
     BackendName,
     VarlenName,
@@ -128,6 +130,8 @@ def _work(shape_NTH: tuple[int, int, int], device: Device, is_tiny: bool, kind: 
     if device == "cpu":
         calls["tapct attention, float32"] = (attention, qkv_float)
         if not is_step:  # inference is what a CPU is for
+            if chosen.name != "sdpa flash":
+                calls["sdpa flash"] = (partial(attention, backend="sdpa flash"), qkv)
             calls["bf16 products, 256 queries"] = (partial(chunked, num_queries=256), qkv)
     else:
         for backend in get_args(BackendName)[:-1]:
@@ -195,9 +199,11 @@ def _packed_work(lengths: tuple[int, ...], num_heads: int, device: Device) -> Wo
     )
 
 
-main = op_bench(
-    __file__, ["kernels/tapct_kernels/attention.py", "kernels/tapct_kernels/flash_attn.py"], cases
-)
+SOURCES = [
+    *("kernels/tapct_kernels/attention.py", "kernels/tapct_kernels/flash_attn.py"),
+    *("csrc/vit_ops.cpp", "csrc/team.cpp"),  # amx
+]
+main = op_bench(__file__, SOURCES, cases)
 
 if __name__ == "__main__":
     main()

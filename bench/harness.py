@@ -10,6 +10,7 @@ bytes over copy bandwidth and FLOPs over the best matrix product (rows of ``benc
 """
 
 import argparse
+import ctypes
 import gc
 import hashlib
 import json
@@ -259,6 +260,8 @@ def peak_extra_bytes(call: Callable[[], Any], device: Device) -> int:
         call()
         return torch.cuda.max_memory_allocated() - before
     gc.collect()
+    with suppress(AttributeError):  # of glibc: what it keeps of freed memory is not there before
+        ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
     before = _resident_bytes("VmRSS")
     call()
