@@ -26,6 +26,7 @@ from tapct_fast.model.vit import Vit
 from tapct_kernels.attention import BackendName
 
 Precision = Literal["fp32", "bf16", "fp16"]
+Compile = bool | Literal["cuda-graphs"]
 DTYPES: dict[Precision, torch.dtype] = {
     "fp32": torch.float32,
     "bf16": torch.bfloat16,
@@ -79,7 +80,8 @@ class Backbone(nn.Module):
         precision: ``fp32``, ``bf16`` or ``fp16``.
         attention: Its backend, see ``tapct_kernels.attention``; None chooses the best that runs.
         compile: Compile inference to one graph, which serves every batch size; the first call of a
-            volume size takes a minute.
+            volume size takes a minute. ``cuda-graphs`` also replays it on CUDA without launches,
+            one graph for each shape: for shapes that stay.
 
     Raises:
         BackboneError: Preprocessing and Vit contradict each other.
@@ -93,7 +95,7 @@ class Backbone(nn.Module):
         *,
         precision: Precision = "fp32",
         attention: BackendName | None = None,
-        compile: bool = False,
+        compile: Compile = False,
     ) -> None:
         super().__init__()
         if precision not in DTYPES:
@@ -114,7 +116,9 @@ class Backbone(nn.Module):
         self.preprocess = preprocess
         self.precision = precision
         self._attention = attention
-        self._is_compiled = compile
+        if compile not in (True, False, "cuda-graphs"):
+            raise InputError(f"compile={compile!r} is not one of True, False, cuda-graphs")
+        self._compile = compile
         # In a list: its weights are copies, no part of the state of this module.
         self._frozen: list[tuple[tuple[object, ...], FrozenVit]] = []
 
@@ -187,6 +191,13 @@ class Backbone(nn.Module):
         vit, frozen = self._ready(x_BCZYX)
         if frozen is not None:
             out = frozen(x_BCZYX, num_blocks=num_blocks, return_hidden=output_hidden_states)
+            if self._compile == "cuda-graphs":  # the next replay writes where this one did
+                out = out._replace(
+                    cls_BD=out.cls_BD.clone(),
+                    registers_BRD=out.registers_BRD.clone(),
+                    patches_BLD=out.patches_BLD.clone(),
+                    hidden=tuple(tokens.clone() for tokens in out.hidden),
+                )
         else:
             with self._autocast(x_BCZYX.device):
                 out = vit(x_BCZYX, num_blocks=num_blocks, return_hidden=output_hidden_states)
@@ -366,11 +377,16 @@ class Backbone(nn.Module):
             (w.data_ptr(), w.device, 0 if w.is_inference() else w._version) for w in weights
         )
         if not self._frozen or self._frozen[0][0] != key:
-            frozen = FrozenVit(self.vit, self.dtype, self._attention, is_compiled=self._is_compiled)
-            if self._is_compiled:
-                frozen.compile(fullgraph=True)
+            frozen = FrozenVit(
+                self.vit, self.dtype, self._attention, is_compiled=bool(self._compile)
+            )
+            if self._compile:
+                mode = "reduce-overhead" if self._compile == "cuda-graphs" else None
+                frozen.compile(fullgraph=True, mode=mode)
             self._frozen[:] = [(key, frozen)]
-        if self._is_compiled:
+        if self._compile == "cuda-graphs":
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+        elif self._compile:
             torch._dynamo.mark_dynamic(x_BCZYX, 0)
         return self.vit, self._frozen[0][1]
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tapct_fast.backbone.architecture import canonical_names, check_state, read_architecture
-from tapct_fast.backbone.backbone import Backbone, Precision, best_precision
+from tapct_fast.backbone.backbone import Backbone, Compile, Precision, best_precision
 from tapct_fast.backbone.preprocess import Preprocess
 from tapct_fast.backbone.schema import (
     CONFIG_FILE,
@@ -47,7 +47,7 @@ def load_backbone(
     device: str | torch.device = "cpu",
     precision: Precision | None = None,
     attention: BackendName | None = None,
-    compile: bool = False,
+    compile: Compile = False,
     revision: str | None = None,
     sha256: str | None = None,
 ) -> Backbone:

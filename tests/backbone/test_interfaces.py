@@ -208,6 +208,22 @@ def test_compiled_inference_is_one_graph_for_all_batch_sizes(precision: str) -> 
 
 
 @torch.no_grad()
+def test_results_outlive_the_next_replay() -> None:
+    """Where there is no CUDA the graph is compiled all the same, and not replayed."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    eager = make_backbone(WIDE).to(device)
+    replayed = make_backbone(WIDE, compile="cuda-graphs").to(device)
+    inputs = [pixels(2).to(device) * scale for scale in (1.0, 0.5, 0.25, 0.1)]
+    outs = [replayed(x) for x in inputs]
+    for x, out in zip(inputs, outs, strict=True):
+        torch.testing.assert_close(
+            out.last_hidden_state, eager(x).last_hidden_state, atol=1e-4, rtol=1e-4
+        )
+    with pytest.raises(InputError, match="compile='max' is not one of"):
+        make_backbone(compile="max")
+
+
+@torch.no_grad()
 def test_a_backbone_is_copied_without_its_copy_for_inference() -> None:
     backbone = make_backbone(WIDE, precision="bf16")
     expected = backbone(pixels()).pooler_output
