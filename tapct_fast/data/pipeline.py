@@ -94,9 +94,7 @@ class ViewPipeline:
 
     def batch_at(self, step: int, micro: int) -> ViewBatch:
         """Return micro-batch ``micro`` of ``step``: the same at any time and in any process."""
-        first = step * self._config.train.batch_size + micro * self._micro_size
-        indices = range(first, first + self._micro_size)
-        loaded = list(map(self._samples.load, indices))
+        loaded = list(map(self._samples.load, self._indices(step, micro)))
         return self._handed_over(*self._batch(step, micro, loaded))
 
     def stream(self, start_step: int) -> Generator[tuple[ViewBatch, float], None, None]:
@@ -122,9 +120,8 @@ class ViewPipeline:
         pool = ThreadPoolExecutor(1, "views", initializer=torch.set_num_threads, initargs=(1,))
 
         def prepare(step: int, micro: int) -> tuple[ViewBatch, torch.cuda.Event | None]:
-            first = step * train.batch_size + micro * self._micro_size
-            indices = range(first, first + self._micro_size)
-            return self._batch(step, micro, readers.map(self._samples.load, indices))
+            loaded = readers.map(self._samples.load, self._indices(step, micro))
+            return self._batch(step, micro, loaded)
 
         try:
             for place in places:
@@ -136,6 +133,10 @@ class ViewPipeline:
         finally:
             readers.close()  # first: a read that hangs is not waited for
             pool.shutdown(wait=True, cancel_futures=True)
+
+    def _indices(self, step: int, micro: int) -> range:
+        first = step * self._config.train.batch_size + micro * self._micro_size
+        return range(first, first + self._micro_size)
 
     def _batch(
         self, step: int, micro: int, loaded: Sequence[tuple[Sample, NDArray[np.int16]]]
