@@ -9,7 +9,8 @@ Shape suffixes: V views, Z Y X voxels, C red, green, blue.
 """
 
 import html
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from tapct_fast import __version__
 from tapct_fast.config import Config, HuConfig, ViewGroupConfig
-from tapct_fast.data.pipeline import ViewPipeline
+from tapct_fast.data.pipeline import ViewBatch, ViewPipeline
 from tapct_fast.data.reference import render
 from tapct_fast.data.samples import Sample, Samples
 from tapct_fast.data.views import ViewTable
@@ -90,11 +91,13 @@ def write_sheets(
     store = Store.open(store_dir)
     pipeline = ViewPipeline(store, config, device="cpu")
     samples = Samples(store, config)
+    # Samples side by side are of one micro-batch: it is rendered once.
+    batch_at = lru_cache(maxsize=1)(pipeline.batch_at)
     sections, tables = [], []
     try:
         out.mkdir(parents=True, exist_ok=True)
         for number in numbers:
-            seen = _see(store, samples, pipeline, config, number)
+            seen = _see(store, samples, batch_at, config, number)
             figures = _figures(seen, config)
             write_atomic(out / f"sample-{number:06d}.png", png(_mosaic(figures)))
             sections.append((f"Sample {number}", _lead(seen), figures_html(figures)))
@@ -113,12 +116,16 @@ def _require_pillow() -> None:
 
 
 def _see(
-    store: Store, samples: Samples, pipeline: ViewPipeline, config: Config, number: int
+    store: Store,
+    samples: Samples,
+    batch_at: Callable[[int, int], ViewBatch],
+    config: Config,
+    number: int,
 ) -> Seen:
     step, place = divmod(number, config.train.batch_size)
     micro_size = config.train.batch_size // config.train.accumulate
     micro, b = divmod(place, micro_size)
-    batch = pipeline.batch_at(step, micro)
+    batch = batch_at(step, micro)
     sample, hu_ZYX = samples.load(number)
     group = config.views.global_views
     grid_zyx = (s // p for s, p in zip(group.size_zyx, config.vit.patch_zyx, strict=True))

@@ -83,7 +83,7 @@ def test_the_crop_is_outlined_where_it_lies(store: Path) -> None:
     settings = config()
     opened = Store.open(store)
     samples = Samples(opened, settings)
-    seen = _see(opened, samples, ViewPipeline(opened, settings, device="cpu"), settings, 3)
+    seen = _see(opened, samples, ViewPipeline(opened, settings, device="cpu").batch_at, settings, 3)
     crop, shape_zyx = seen.sample.crop, seen.scan_ZYX.shape
     for panel, (axis_y, axis_x) in zip(
         _planes(seen, settings.hu), [(1, 2), (0, 2), (0, 1)], strict=True
@@ -104,7 +104,7 @@ def test_the_table_says_how_much_noise_changed_the_view(store: Path) -> None:
     settings = config()
     opened = Store.open(store)
     samples = Samples(opened, settings)
-    seen = _see(opened, samples, ViewPipeline(opened, settings, device="cpu"), settings, 0)
+    seen = _see(opened, samples, ViewPipeline(opened, settings, device="cpu").batch_at, settings, 0)
     group, table = settings.views.global_views, seen.sample.tables[0]
     effects = _effects(seen, table, group, settings.hu)
     for v in range(group.num):
