@@ -100,9 +100,11 @@ def load_preprocess(path_or_repo: str | Path, *, revision: str | None = None) ->
         InputError: Nothing is there.
         BackboneError: A file is damaged.
     """
-    path = Path(path_or_repo)
-    if (path / PREPROCESSOR_FILE).is_file():
-        return read_preprocess(path / PREPROCESSOR_FILE)
+    if (Path(path_or_repo) / PREPROCESSOR_FILE).is_file():  # enough, even without weights
+        return read_preprocess(Path(path_or_repo) / PREPROCESSOR_FILE)
+    preprocessor = find_files(path_or_repo, revision).preprocessor
+    if preprocessor:
+        return read_preprocess(preprocessor)
     return load_backbone(path_or_repo, revision=revision).preprocess
 
 
