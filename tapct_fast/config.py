@@ -290,10 +290,14 @@ class TrainConfig:
     """The loop: how long, how large, how precise, how often to save."""
 
     num_steps: int = 125000
-    batch_size: int = 64  # samples per optimizer step
-    accumulate: int = 1  # micro-batches per step
+    batch_size: int = 64  # samples per optimizer step, over all processes
+    group_size: int = 16  # samples that share masks, drop path's rows and KoLeo's neighbours
+    accumulate: int = 1  # micro-batches per step and process
     seed: int = 0
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where the device has it
+    compile: Literal["auto", "on", "off", "cuda-graphs"] = "auto"  # auto: on with CUDA
+    checkpointing: Literal["none", "selective", "full"] = "none"  # activations computed twice
+    parallel: Literal["ddp", "fsdp"] = "ddp"  # with several processes: copies or shards
     checkpoint_every: int = 1000  # steps
     keep_checkpoints: int = 3
     log_every: int = 10  # steps
@@ -303,9 +307,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _require(self.num_steps >= 1, f"train.num_steps={self.num_steps} is not positive")
         _require(
-            self.accumulate >= 1 and self.batch_size % self.accumulate == 0,
-            f"train.batch_size={self.batch_size} is not a multiple of "
-            f"train.accumulate={self.accumulate}",
+            min(self.accumulate, self.group_size) >= 1
+            and self.batch_size % (self.accumulate * self.group_size) == 0,
+            f"train.batch_size={self.batch_size} is not a multiple of train.accumulate="
+            f"{self.accumulate} times train.group_size={self.group_size}",
         )
         _require(
             self.checkpoint_every >= 1 and self.log_every >= 1,

@@ -135,8 +135,8 @@ def _forward(block: Any, x_BTD: Tensor) -> Tensor:
     # Any: add_branch asks a LayerScale of ours for its gamma and nothing else.
     scale1: Any = _Scale(getattr(getattr(block, "ls1", None), "gamma", None))
     scale2: Any = _Scale(getattr(getattr(block, "ls2", None), "gamma", None))
-    x_BTD, normed_BTD = add_branch(x_BTD, branch_BTD, scale1, None, block.norm2, None)
-    return add_branch(x_BTD, block.mlp(normed_BTD), scale2, None, None, None).x_BTD
+    x_BTD, normed_BTD = add_branch(x_BTD, branch_BTD, scale1, block.norm2)
+    return add_branch(x_BTD, block.mlp(normed_BTD), scale2, None).x_BTD
 
 
 def _randomness(block: Any) -> str:

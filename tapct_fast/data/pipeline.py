@@ -1,8 +1,10 @@
-"""From the store to what a training step takes: a pure function of (seed, step, micro-batch).
+"""From the store to what a training step takes: a pure function of (seed, step, group).
+
+A step is a row of groups of ``train.group_size`` samples. Each has masks of its own, with as many
+masked tokens as any other, so a group is the same whatever micro-batch and process it falls into.
 
 Shape suffixes: V views, B samples, Z Y X voxels, N = V * B global views, L tokens, M masked tokens.
-Global views are numbered view-major: n = v * B + b. A sample is the same whatever micro-batch it
-falls into; masks are drawn per micro-batch, because each must have as many masked tokens as any.
+Global views are numbered view-major: n = v * B + b; the samples of a group are neighbours.
 """
 
 import os
@@ -17,7 +19,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tapct_fast.config import Config
+from tapct_fast.config import Config, TrainConfig
+from tapct_fast.errors import ConfigError
 from tapct_fast.data.masks import mask_law
 from tapct_fast.data.render import choose_renderer, make_renderer
 from tapct_fast.data.rng import Stream, generator
@@ -27,6 +30,7 @@ from tapct_fast.io.store import Store
 from tapct_kernels import BlockMasks, block_masks
 
 _SEEDS = 2**62
+_GLOBAL_VIEWS = 2  # DINO compares two
 _PREFETCH = 2  # batches: one ready, one in the making
 
 
@@ -36,7 +40,7 @@ class ViewBatch(NamedTuple):
     global_VBZYX: Tensor  # float32, z-scored
     local_VBZYX: Tensor
     mask_NL: Tensor  # bool, True where the student sees the mask token
-    masked_index_M: Tensor  # int64 into N * L, ascending; M is a constant of the run
+    masked_index_M: Tensor  # int64 into N * L, each once; M is a constant of the run
     masked_weight_M: Tensor  # float32, 1 / masked tokens of the same view
     num_samples: int
 
@@ -49,10 +53,13 @@ class ViewPipeline:
         config: The run; its seed, batch size, crops, views and masks are used.
         device: Where the views are rendered and end up.
         on_damage: Told of every case that turns out damaged, with the reason; see ``Samples``.
+        rank: This process takes the ``rank``-th of ``world_size`` equal parts of every step.
+        world_size: Processes that share a step.
 
     Raises:
         StoreError: The store has no cases.
-        ConfigError: A global view has too many tokens to be masked.
+        ConfigError: A global view has too many tokens to be masked, or the groups of a step cannot
+            be dealt out evenly.
         InputError: The renderer that was asked for cannot run here.
     """
 
@@ -63,11 +70,15 @@ class ViewPipeline:
         *,
         device: torch.device | str,
         on_damage: OnDamage | None = None,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         self._samples = Samples(store, config, on_damage=on_damage)
         self._config = config
         self._device = torch.device(device)
-        self._micro_size = config.train.batch_size // config.train.accumulate
+        self._rank = rank
+        self.num_groups = groups_per_micro_batch(config.train, world_size)
+        self._micro_size = self.num_groups * config.train.group_size
         self._num_workers = config.train.num_workers or min(
             max(len(os.sched_getaffinity(0)) // 2, 1), 8
         )
@@ -83,7 +94,7 @@ class ViewPipeline:
         group = config.views.global_views
         z, y, x = (s // p for s, p in zip(group.size_zyx, config.vit.patch_zyx, strict=True))
         self._mask_law = mask_law(
-            config.masks, (z, y, x), group.num * self._micro_size, device=self._device
+            config.masks, (z, y, x), group.num * config.train.group_size, device=self._device
         )
         # Of its own: copies and views of the next batch run beside the step of this one.
         self._stream: torch.cuda.Stream | None = None
@@ -93,7 +104,7 @@ class ViewPipeline:
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
 
     def batch_at(self, step: int, micro: int) -> ViewBatch:
-        """Return micro-batch ``micro`` of ``step``: the same at any time and in any process."""
+        """Return micro-batch ``micro`` of ``step``: the same at any time."""
         loaded = list(map(self._samples.load, self._indices(step, micro)))
         return self._handed_over(*self._batch(step, micro, loaded))
 
@@ -134,8 +145,14 @@ class ViewPipeline:
             readers.close()  # first: a read that hangs is not waited for
             pool.shutdown(wait=True, cancel_futures=True)
 
+    def groups(self, micro: int) -> range:
+        """Return which groups of a step make up micro-batch ``micro`` of this process."""
+        first = (self._rank * self._config.train.accumulate + micro) * self.num_groups
+        return range(first, first + self.num_groups)
+
     def _indices(self, step: int, micro: int) -> range:
-        first = step * self._config.train.batch_size + micro * self._micro_size
+        train = self._config.train
+        first = step * train.batch_size + self.groups(micro).start * train.group_size
         return range(first, first + self._micro_size)
 
     def _batch(
@@ -169,12 +186,15 @@ class ViewPipeline:
         ]
 
     def _masks(self, step: int, micro: int) -> BlockMasks:
-        rng = generator(self._config.train.seed, Stream.MASKS, step, micro)
-        seed = int(rng.integers(_SEEDS))
-        # Filled on the device, not copied there: nothing waits for the host.
-        return block_masks(
-            self._mask_law, torch.full((), seed, dtype=torch.int64, device=self._device)
-        )
+        drawn = []
+        for group in self.groups(micro):
+            rng = generator(self._config.train.seed, Stream.MASKS, step, group)
+            # Filled on the device, not copied there: nothing waits for the host.
+            seed = torch.full(
+                (), int(rng.integers(_SEEDS)), dtype=torch.int64, device=self._device
+            )
+            drawn.append(block_masks(self._mask_law, seed))
+        return drawn[0] if len(drawn) == 1 else _side_by_side(drawn)
 
     def _wait_for(
         self, future: Future[tuple[ViewBatch, torch.cuda.Event | None]]
@@ -192,3 +212,42 @@ class ViewPipeline:
                 assert isinstance(tensor, Tensor)
                 tensor.record_stream(current)
         return batch
+
+
+def groups_per_micro_batch(train: TrainConfig, world_size: int) -> int:
+    """Return how many groups one process takes at a time.
+
+    Raises:
+        ConfigError: The groups of a step cannot be dealt out evenly; the message lists the numbers
+            of processes for which they can.
+    """
+    num_groups = train.batch_size // train.group_size
+    parts = world_size * train.accumulate
+    if num_groups % parts:
+        legal = [
+            n for n in range(1, num_groups + 1) if num_groups % (n * train.accumulate) == 0
+        ]
+        raise ConfigError(
+            f"{world_size} processes cannot share train.batch_size={train.batch_size} in groups of "
+            f"train.group_size={train.group_size} with train.accumulate={train.accumulate}; "
+            f"numbers of processes that can: {', '.join(map(str, legal))}"
+        )
+    return num_groups // parts
+
+
+def _side_by_side(drawn: Sequence[BlockMasks]) -> BlockMasks:
+    """Join the masks of groups, each view-major, into those of a view-major batch."""
+    num_groups = len(drawn)
+    rows, num_tokens = drawn[0].mask_NL.shape
+    per_view = rows // _GLOBAL_VIEWS  # samples of a group
+
+    def moved(group: int, index_M: Tensor) -> Tensor:
+        view_M, rest_M = index_M // (per_view * num_tokens), index_M % (per_view * num_tokens)
+        return (view_M * num_groups + group) * per_view * num_tokens + rest_M
+
+    mask_GVBL = torch.stack([m.mask_NL for m in drawn]).unflatten(1, (_GLOBAL_VIEWS, per_view))
+    return BlockMasks(
+        mask_GVBL.transpose(0, 1).flatten(0, 2),
+        torch.cat([moved(group, m.masked_index_M) for group, m in enumerate(drawn)]),
+        torch.cat([m.masked_weight_M for m in drawn]),
+    )

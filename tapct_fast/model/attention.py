@@ -1,7 +1,10 @@
 """Multi-head self-attention on a fused qkv, by the fused kernel chosen for the device.
 
-Shape suffixes: N rows (volumes), T all tokens of a volume, D width, H heads, K head width.
+Shape suffixes: N rows (volumes), T all tokens of a volume, D width, H heads, K head width, Q rows
+that are read.
 """
+
+from collections.abc import Callable
 
 from torch import Tensor, nn
 
@@ -17,8 +20,14 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x_NTD: Tensor) -> Tensor:
-        """Return the attention branch, before LayerScale and the residual."""
+    def forward(self, x_NTD: Tensor, pick: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """Return the attention branch, before LayerScale and the residual.
+
+        Args:
+            x_NTD: Normed tokens.
+            pick: Returns the rows_QD, of tokens_NTD, for which the branch is wanted; None is all.
+        """
         qkv_NT3HK = self.qkv(x_NTD).unflatten(2, (3, -1, self.head_dim))
-        out_NTD: Tensor = self.proj(attention(qkv_NT3HK).flatten(2))
-        return out_NTD
+        out_NTD = attention(qkv_NT3HK).flatten(2)
+        branch: Tensor = self.proj(out_NTD if pick is None else pick(out_NTD))
+        return branch

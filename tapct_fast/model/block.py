@@ -3,11 +3,11 @@
 The norm in front of a branch is computed where the branch before it ends, in the same pass over the
 tokens; so a block takes its first norm with its tokens, and returns the next block's with them.
 Shape suffixes: B batch, N K J kept rows of the batch (any branch, this one, the next one), T all
-tokens of a volume, D width, S block.
+tokens of a volume, D width, S block, Q rows that are read after the last block, G group.
 Source: drop path on a subset, DINOv2, arXiv:2304.07193 section 5; LayerScale, arXiv:2103.17239.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -78,11 +78,16 @@ def add_branch(
     x_BTD: Tensor,
     branch_KTD: Tensor,
     layer_scale: LayerScale,
-    rows_K: Tensor | None,
     next_norm: nn.LayerNorm | None,
-    next_rows_J: Tensor | None,
+    *,
+    rows_K: Tensor | None = None,
+    next_rows_J: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Stream:
-    """Add a branch that ran on ``rows_K``, scaled up for the others, and norm for the next one."""
+    """Add a branch that ran on ``rows_K``, scaled up for the others, and norm for the next one.
+
+    The norm is in ``dtype``, by default the one in which products take it.
+    """
     gamma_D, scale = layer_scale.gamma, x_BTD.shape[0] / branch_KTD.shape[0]
     if next_norm is None:
         return Stream(residual(x_BTD, branch_KTD, gamma_D, index_K=rows_K, scale=scale), None)
@@ -93,7 +98,7 @@ def add_branch(
             next_index_J=next_rows_J,
             scale=scale,
             eps=next_norm.eps,
-            dtype=_product_dtype(x_BTD),
+            dtype=dtype or _product_dtype(x_BTD),
         )
     )
 
@@ -138,18 +143,68 @@ class Block(nn.Module):
         """
         attn_K, mlp_J, next_rows = rows
         branch_KTD = self.attn(normed_KTD)
-        x_BTD, normed_JTD = add_branch(x_BTD, branch_KTD, self.ls1, attn_K, self.norm2, mlp_J)
+        x_BTD, normed_JTD = add_branch(
+            x_BTD, branch_KTD, self.ls1, self.norm2, rows_K=attn_K, next_rows_J=mlp_J
+        )
         branch_JTD = self.mlp(normed_JTD)
-        return add_branch(x_BTD, branch_JTD, self.ls2, mlp_J, next_norm, next_rows)
+        return add_branch(
+            x_BTD, branch_JTD, self.ls2, next_norm, rows_K=mlp_J, next_rows_J=next_rows
+        )
+
+    def read_rows(
+        self,
+        x_BTD: Tensor,
+        normed_BTD: Tensor,
+        pick: Callable[[Tensor], Tensor],
+        factors_Q1: Sequence[Tensor] | None,
+        final_norm: nn.LayerNorm,
+    ) -> Tensor:
+        """Return the finally normed rows_QD of the tokens after this block, the last one.
+
+        Args:
+            x_BTD: Tokens.
+            normed_BTD: ``norm1`` of all of them: each may be attended to.
+            pick: Returns the rows that are read, of tokens_BTD.
+            factors_Q1: Of drop path, for the rows of either branch: 0 or B / kept; None is 1.
+            final_norm: Of the backbone.
+        """
+        rows_QD = pick(x_BTD)
+        attn_Q1, mlp_Q1 = factors_Q1 or (None, None)
+        branch_QD = _scaled(self.attn(normed_BTD, pick), attn_Q1)
+        rows_1QD, normed_1QD = add_branch(rows_QD[None], branch_QD[None], self.ls1, self.norm2)
+        branch_1QD = _scaled(self.mlp(normed_1QD), mlp_Q1)
+        # Not rounded to what products take: KoLeo measures these rows.
+        return add_branch(
+            rows_1QD, branch_1QD, self.ls2, final_norm, dtype=rows_QD.dtype
+        ).normed_KTD[0]
 
 
-def draw_kept_rows(seed: int, *, depth: int, batch: int, drop_path: float) -> Tensor:
-    """Draw the rows that each branch of each block keeps, as a pure function of the arguments.
+def _scaled(branch_QD: Tensor, factors_Q1: Tensor | None) -> Tensor:
+    return branch_QD if factors_Q1 is None else branch_QD * factors_Q1.to(branch_QD.dtype)
+
+
+def draw_kept_rows(
+    seeds: Sequence[int], *, depth: int, num_views: int, group_size: int, drop_path: float
+) -> Tensor:
+    """Draw the rows of a batch that each branch of each block keeps, group by group.
+
+    Args:
+        seeds: One per group; what a group keeps is a pure function of its own.
+        depth: Blocks.
+        num_views: Views of a sample in the batch.
+        group_size: Samples of a group. The batch is view-major, its samples those of the groups in
+            order.
+        drop_path: Share of a group's rows that are left out.
 
     Returns:
-        keep_S2N int64 on the host, N = max(int(batch * (1 - drop_path)), 1) rows in rising order.
+        kept_S2N int64 on the host, of every group max(int(rows * (1 - drop_path)), 1) rows.
     """
-    generator = torch.Generator().manual_seed(seed)
-    keep = max(int(batch * (1 - drop_path)), 1)
-    order = torch.rand(depth, 2, batch, generator=generator).argsort(dim=-1)
-    return order[..., :keep].sort(dim=-1).values
+    rows, num_samples = num_views * group_size, len(seeds) * group_size
+    keep = max(int(rows * (1 - drop_path)), 1)
+    kept = []
+    for group, seed in enumerate(seeds):
+        generator = torch.Generator().manual_seed(seed)
+        order_S2N = torch.rand(depth, 2, rows, generator=generator).argsort(dim=-1)[..., :keep]
+        view_S2N, sample_S2N = order_S2N // group_size, order_S2N % group_size
+        kept.append(view_S2N * num_samples + group * group_size + sample_S2N)
+    return torch.cat(kept, dim=-1).sort(dim=-1).values

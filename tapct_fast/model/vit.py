@@ -2,7 +2,7 @@
 
 Shape suffixes: B batch, C channels (one), Z Y X voxels, L patch tokens in z, y, x order,
 R registers, T = 1 + R + L tokens in the order cls, registers, patches, D width, S block,
-N kept rows of the batch.
+N kept rows of the batch, M listed patch tokens, Q = B + M read rows: every cls token, then these.
 Source: DINOv2 with registers, arXiv:2304.07193 and arXiv:2309.16588; volumetric as in TAP-CT,
 arXiv:2512.00872.
 """
@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from tapct_fast.config import HuConfig, VitConfig, Zyx
 from tapct_fast.errors import InputError
-from tapct_fast.model.block import NORM_EPS, Block, LayerScale, draw_kept_rows, start_stream
+from tapct_fast.model.block import NORM_EPS, Block, LayerScale, Stream, start_stream
 from tapct_fast.model.patch_embed import PatchEmbed
+from tapct_kernels import masked_gather
 
 
 class VitOutput(NamedTuple):
@@ -75,28 +76,28 @@ class Vit(nn.Module):
             elif isinstance(module, LayerScale) and module.gamma is not None:
                 nn.init.constant_(module.gamma, self.config.layer_scale or 0.0)
 
-    def _kept_rows(self, x_BTD: Tensor, seed: int | None) -> list[Tensor | None]:
-        """Return rows_N of each branch in order, None where every row runs, and None at the end."""
-        depth, drop_path = self.config.depth, self.config.drop_path
-        if seed is None or drop_path == 0:
-            return [None] * (2 * depth + 1)
-        keep_S2N = draw_kept_rows(seed, depth=depth, batch=x_BTD.shape[0], drop_path=drop_path)
-        rows = keep_S2N.to(x_BTD.device, non_blocking=True).flatten(0, 1).unbind(0)
-        return [*rows, None]
-
     def _run_blocks(
-        self, x_BTD: Tensor, num_blocks: int, drop_seed: int | None, taps: Collection[int] = ()
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Return the tokens after the last block, and after each of the blocks in ``taps``."""
-        blocks, rows = self.blocks[:num_blocks], self._kept_rows(x_BTD, drop_seed)
+        self,
+        x_BTD: Tensor,
+        num_blocks: int,
+        kept_S2N: Tensor | None = None,
+        *,
+        taps: Collection[int] = (),
+        next_norm: nn.LayerNorm | None = None,
+    ) -> tuple[Stream, list[Tensor]]:
+        """Return the tokens after some blocks, with ``next_norm``, and after those in ``taps``."""
+        blocks: list[Any] = list(self.blocks[:num_blocks])  # Any: a ModuleList forgets its type
+        norms = [*(block.norm1 for block in blocks), next_norm]
+        rows: list[Tensor | None] = [None] * (2 * num_blocks + 1)
+        if kept_S2N is not None:  # behind the last branch all rows go on
+            rows[:-1] = kept_S2N[:num_blocks].flatten(0, 1).unbind(0)
         tapped: list[Tensor] = []
-        norms: list[Any] = [block.norm1 for block in blocks]  # Any: a ModuleList forgets its type
-        x_BTD, normed_KTD = start_stream(x_BTD, norms[0], rows[0])
-        for i, (block, next_norm) in enumerate(zip(blocks, [*norms[1:], None], strict=True)):
-            x_BTD, normed_KTD = block(x_BTD, normed_KTD, rows[2 * i : 2 * i + 3], next_norm)
+        stream = start_stream(x_BTD, norms[0], rows[0])
+        for i, block in enumerate(blocks):
+            stream = block(*stream, rows[2 * i : 2 * i + 3], norms[i + 1])
             if i in taps:
-                tapped.append(x_BTD)
-        return x_BTD, tapped
+                tapped.append(stream.x_BTD)
+        return stream, tapped
 
     def position_rows(self, grid_zyx: Zyx) -> Tensor:
         """Return pos_LD of a grid: the learned rows, interpolated trilinearly to any other grid."""
@@ -131,14 +132,51 @@ class Vit(nn.Module):
         x_BCZYX: Tensor,
         mask_BL: Tensor | None = None,
         *,
-        drop_seed: int | None = None,
+        kept_S2N: Tensor | None = None,
     ) -> Tensor:
-        """Return tokens_BTD after the last block, before the final norm.
+        """Return tokens_BTD after the last block, before the final norm; see ``forward``."""
+        x_BTD = self.embed(x_BCZYX, mask_BL)
+        return self._run_blocks(x_BTD, self.config.depth, kept_S2N)[0].x_BTD
 
-        Training norms only the rows it uses: the cls token with ``norm``, masked patches with
-        ``tapct_kernels.masked_gather``.
+    def read_rows(
+        self,
+        x_BCZYX: Tensor,
+        index_M: Tensor,
+        mask_BL: Tensor | None = None,
+        *,
+        kept_S2N: Tensor | None = None,
+    ) -> Tensor:
+        """Return rows_QD, normed: every cls token, then the patch tokens listed by ``index_M``.
+
+        This is all that training looks at, so the last block projects, adds and feeds forward no
+        other row: about 0.7 of a block is saved. There, drop path is a factor on the branch.
+
+        Args:
+            x_BCZYX: See ``forward``.
+            index_M: int64, flat into B * L patch tokens, each at most once.
+            mask_BL: See ``forward``.
+            kept_S2N: See ``forward``.
         """
-        return self._run_blocks(self.embed(x_BCZYX, mask_BL), self.config.depth, drop_seed)[0]
+        x_BTD, last = self.embed(x_BCZYX, mask_BL), self.config.depth - 1
+        num_views, num_patches = x_BTD.shape[0], x_BTD.shape[1] - self.num_prefix
+
+        def pick(tokens_BTD: Tensor) -> Tensor:
+            rows_MD = masked_gather(tokens_BTD, index_M, None, None, self.num_prefix, 0.0)
+            return torch.cat([tokens_BTD[:, 0], rows_MD])
+
+        factors = None
+        if kept_S2N is not None:
+            view_B = torch.arange(num_views, device=x_BTD.device)
+            view_Q = torch.cat([view_B, index_M // num_patches])
+            scale = num_views / kept_S2N.shape[2]
+            factors = [
+                x_BTD.new_zeros(num_views, 1).index_fill(0, rows_N, scale)[view_Q]
+                for rows_N in kept_S2N[last]
+            ]
+        block: Any = self.blocks[last]
+        stream, _ = self._run_blocks(x_BTD, last, kept_S2N, next_norm=block.norm1)
+        rows_QD: Tensor = block.read_rows(*stream, pick, factors, self.norm)
+        return rows_QD
 
     def tapped_tokens(
         self, x_BCZYX: Tensor, taps: Collection[int], *, mask_BL: Tensor | None = None
@@ -150,7 +188,7 @@ class Vit(nn.Module):
             taps: Positions of blocks, from 0; those after the last cost nothing.
             mask_BL: See ``forward``.
         """
-        return self._run_blocks(self.embed(x_BCZYX, mask_BL), max(taps) + 1, None, taps)[1]
+        return self._run_blocks(self.embed(x_BCZYX, mask_BL), max(taps) + 1, taps=taps)[1]
 
     def forward(
         self,
@@ -159,7 +197,7 @@ class Vit(nn.Module):
         mask_BL: Tensor | None = None,
         num_blocks: int | None = None,
         return_hidden: bool = False,
-        drop_seed: int | None = None,
+        kept_S2N: Tensor | None = None,
     ) -> VitOutput:
         """Encode volumes.
 
@@ -168,16 +206,17 @@ class Vit(nn.Module):
             mask_BL: Patches replaced by the mask token where true.
             num_blocks: Stop after this many blocks; the rest costs nothing.
             return_hidden: Also return the patch tokens after each block, normed like the last ones.
-            drop_seed: Draws the rows that drop path keeps; None runs every branch on every row,
-                whatever ``train()`` says.
+            kept_S2N: The rows of the batch that drop path keeps, from ``draw_kept_rows``; None runs
+                every branch on every row, whatever ``train()`` says.
 
         Raises:
             InputError: The volume or mask has the wrong shape, or ``num_blocks`` is out of range.
         """
         num_blocks = self.checked_num_blocks(num_blocks)
         taps = range(num_blocks) if return_hidden else ()
-        x_BTD, tapped = self._run_blocks(self.embed(x_BCZYX, mask_BL), num_blocks, drop_seed, taps)
-        return self.output_of(x_BTD, tapped, self.patch_embed.grid_zyx(x_BCZYX))
+        x_BTD = self.embed(x_BCZYX, mask_BL)
+        stream, tapped = self._run_blocks(x_BTD, num_blocks, kept_S2N, taps=taps)
+        return self.output_of(stream.x_BTD, tapped, self.patch_embed.grid_zyx(x_BCZYX))
 
     def checked_num_blocks(self, num_blocks: int | None) -> int:
         """Return how many blocks to run; None is all.

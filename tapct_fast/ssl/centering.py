@@ -1,6 +1,5 @@
 """The moving center of softmax targets; Sinkhorn-Knopp keeps no state and is an op by itself.
 
-It sees the rows of one micro-batch only: with gradient accumulation it moves once per micro-batch.
 Shape suffixes: N rows, P prototypes.
 """
 
@@ -23,10 +22,12 @@ class SoftmaxCenter(nn.Module):
         self.momentum = momentum
         self.register_buffer("center_P", torch.zeros(num_prototypes))
 
-    @torch.no_grad()
     def forward(self, logits_NP: Tensor, temp: float | Tensor) -> SoftTargets:
-        """Return targets under the center of the rows before these, then move it."""
-        targets = softmax_targets(logits_NP, self.center_P, temp)
-        mean_P = logits_NP.mean(dim=0, dtype=self.center_P.dtype)
-        self.center_P.lerp_(mean_P, 1 - self.momentum)
-        return targets
+        """Return targets under the center of the steps before."""
+        return softmax_targets(logits_NP, self.center_P, temp)
+
+    @torch.no_grad()
+    def move(self, mean_P: Tensor, is_sound: Tensor) -> None:
+        """Move towards the mean logits of a step, in place, where ``is_sound`` says so."""
+        moved_P = self.center_P.lerp(mean_P.to(self.center_P.dtype), 1 - self.momentum)
+        self.center_P.copy_(torch.where(is_sound, moved_P, self.center_P))

@@ -1,6 +1,6 @@
 """The KoLeo regulariser: push each feature away from its nearest neighbour in the batch.
 
-Shape suffixes: B batch, D width.
+Shape suffixes: G groups, B samples of a group, D width.
 """
 
 import torch
@@ -10,27 +10,30 @@ from torch import Tensor
 EPS = 1e-8  # DINOv2
 
 
-def koleo_loss(cls_BD: Tensor) -> Tensor:
+def koleo_loss(cls_GBD: Tensor) -> Tensor:
     """Return the mean of ``-log(distance to the nearest neighbour)`` of unit-length features.
 
-    Finite for equal rows, whose distance counts as 1e-8 sqrt(D), and 0 for a single row, which has
-    no neighbour.
+    A neighbour is of the same group. Finite for equal rows, whose distance counts as 1e-8 sqrt(D),
+    and 0 for groups of a single row, which has no neighbour.
 
     Args:
-        cls_BD: cls tokens of one global view of the student, after the final norm, before the head.
+        cls_GBD: cls tokens of one global view of the student, after the final norm, before the
+            head.
 
     Returns:
         A float32 scalar (float64 for float64 tokens).
 
     Source: Sablayrolles et al., arXiv:1806.03198 equation 2; DINOv2's koleo_loss.py for the eps.
     """
-    with torch.autocast(cls_BD.device.type, enabled=False):
-        cls_BD = cls_BD.to(torch.promote_types(cls_BD.dtype, torch.float32))
-        if cls_BD.shape[0] < 2:
-            return cls_BD.sum() * 0.0
-        unit_BD = F.normalize(cls_BD, dim=-1, eps=EPS)
+    with torch.autocast(cls_GBD.device.type, enabled=False):
+        cls_GBD = cls_GBD.to(torch.promote_types(cls_GBD.dtype, torch.float32))
+        if cls_GBD.shape[1] < 2:
+            return cls_GBD.sum() * 0.0
+        unit_GBD = F.normalize(cls_GBD, dim=-1, eps=EPS)
         with torch.no_grad():
-            similarity_BB = (unit_BD @ unit_BD.T).fill_diagonal_(-2.0)
-            nearest_B = similarity_BB.argmax(dim=1)
-        distance_B = F.pairwise_distance(unit_BD, unit_BD[nearest_B], eps=EPS)
-        return -torch.log(distance_B + EPS).mean()
+            similarity_GBB = unit_GBD @ unit_GBD.mT
+            similarity_GBB.diagonal(dim1=1, dim2=2).fill_(-2.0)
+            nearest_GB = similarity_GBB.argmax(dim=2)
+        neighbour_GBD = unit_GBD.gather(1, nearest_GB[..., None].expand_as(unit_GBD))
+        distance_GB = F.pairwise_distance(unit_GBD, neighbour_GBD, eps=EPS)
+        return -torch.log(distance_GB + EPS).mean()

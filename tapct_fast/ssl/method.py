@@ -1,25 +1,31 @@
-"""Student, teacher and the DINOv2 objective of one micro-batch.
+"""Student, teacher and the DINOv2 objective of one optimizer step.
 
-Shape suffixes: V views, B samples, N = V * B views (view-major), C channels (one), Z Y X voxels,
-T tokens of a view, L patch tokens, M masked tokens, D width, K bottleneck width.
+A step has two phases: the teacher encodes every micro-batch, and one Sinkhorn-Knopp balances all of
+its rows; then the student takes the micro-batches one by one. So neither the number of micro-batches
+nor that of processes changes a loss.
+
+Shape suffixes: V views, B samples, N = V * B views (view-major), G groups, C channels (one),
+Z Y X voxels, M masked tokens, Q rows that are read, D width, K bottleneck width, P prototypes,
+S block.
 Source: DINOv2, arXiv:2304.07193; scalings as in its ssl_meta_arch.py (Apache-2.0).
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from tapct_fast.config import HeadsConfig, HuConfig, LossConfig, VitConfig
 from tapct_fast.data.pipeline import ViewBatch
-from tapct_fast.model.block import NORM_EPS
 from tapct_fast.model.heads import Projection, PrototypeHead
 from tapct_fast.model.vit import Vit
 from tapct_fast.ssl.centering import SoftmaxCenter
 from tapct_fast.ssl.dino import dino_loss
 from tapct_fast.ssl.ibot import ibot_loss
 from tapct_fast.ssl.koleo import koleo_loss
-from tapct_kernels import SoftTargets, masked_gather, sinkhorn
+from tapct_kernels import SoftTargets, sinkhorn
 
 
 class Losses(NamedTuple):
@@ -36,11 +42,40 @@ class Losses(NamedTuple):
     koleo: Tensor  # summed over the two global views
 
 
+class Kept(NamedTuple):
+    """The rows that drop path keeps in each branch of each block; see ``draw_kept_rows``."""
+
+    global_S2N: Tensor
+    local_S2N: Tensor
+
+
+class Encoded(NamedTuple):
+    """What a network makes of a micro-batch; its DINO head sees the cls tokens, global ones first.
+
+    ``ibot`` is None where no token is masked.
+    """
+
+    cls_ND: Tensor  # of the global views, normed
+    dino: Projection
+    ibot: Projection | None
+
+
 class Targets(NamedTuple):
-    """What the teacher asks for."""
+    """What the teacher asks for in one micro-batch."""
 
     dino: SoftTargets  # of the global views
     ibot: SoftTargets | None  # of the masked tokens; None without any
+
+
+class StepTargets(NamedTuple):
+    """The targets of all micro-batches of a step.
+
+    ``mean_logits`` holds, for each head, the mean over the rows of all processes, to which softmax
+    centering moves once the step is known to be sound; Sinkhorn-Knopp keeps none.
+    """
+
+    of_micro_batches: list[Targets]
+    mean_logits: list[Tensor]
 
 
 class Networks(nn.Module):
@@ -65,29 +100,35 @@ class Networks(nn.Module):
         if self.ibot_head is not None:
             self.ibot_head.init_weights(seed + 2)
 
-    def cls_tokens(self, tokens_NTD: Tensor) -> Tensor:
-        """Return the normed cls tokens cls_ND; no other row is normed."""
-        cls_ND: Tensor = self.backbone.norm(tokens_NTD[:, 0])
-        return cls_ND
+    def encode_teacher(self, batch: ViewBatch) -> Encoded:
+        """Encode the global views, none of their tokens masked."""
+        views_NCZYX, index_M = _as_volumes(batch.global_VBZYX), batch.masked_index_M
+        rows_QD = self.backbone.read_rows(views_NCZYX, index_M)
+        cls_ND, masked_MD = rows_QD.split([views_NCZYX.shape[0], index_M.shape[0]])
+        return self._project(cls_ND, cls_ND, masked_MD)
 
-    def masked_tokens(self, tokens_NTD: Tensor, index_M: Tensor) -> Tensor:
-        """Return the normed patch tokens rows_MD that ``index_M`` lists."""
-        norm, prefix = self.backbone.norm, self.backbone.num_prefix
-        rows_MD: Tensor = masked_gather(
-            tokens_NTD, index_M, norm.weight, norm.bias, prefix, NORM_EPS
+    def encode_student(self, batch: ViewBatch, kept: Kept | None = None) -> Encoded:
+        """Encode the masked global views and the local ones."""
+        views_NCZYX, index_M = _as_volumes(batch.global_VBZYX), batch.masked_index_M
+        rows_QD = self.backbone.read_rows(
+            views_NCZYX, index_M, batch.mask_NL, kept_S2N=kept and kept.global_S2N
         )
-        return rows_MD
+        cls_ND, masked_MD = rows_QD.split([views_NCZYX.shape[0], index_M.shape[0]])
+        if not batch.local_VBZYX.shape[0]:
+            return self._project(cls_ND, cls_ND, masked_MD)
+        local_ND = self.backbone.read_rows(
+            _as_volumes(batch.local_VBZYX), index_M[:0], kept_S2N=kept and kept.local_S2N
+        )
+        return self._project(cls_ND, torch.cat([cls_ND, local_ND]), masked_MD)
 
-    def project(
-        self, cls_ND: Tensor, masked_MD: Tensor | None
-    ) -> tuple[Projection, Projection | None]:
-        """Return what the DINO head makes of cls tokens and the iBOT head of masked tokens."""
-        dino: Projection = self.dino_head(cls_ND)
-        if masked_MD is None:
-            return dino, None
+    def _project(self, cls_ND: Tensor, all_cls_ND: Tensor, masked_MD: Tensor) -> Encoded:
+        dino: Projection = self.dino_head(all_cls_ND)
+        if not masked_MD.shape[0]:  # a constant of the run
+            return Encoded(cls_ND, dino, None)
         if self.ibot_head is not None:
-            return dino, self.ibot_head(masked_MD)
-        return dino, dino._replace(features_NK=self.dino_head.bottleneck(masked_MD))
+            return Encoded(cls_ND, dino, self.ibot_head(masked_MD))
+        features_MK = self.dino_head.bottleneck(masked_MD)
+        return Encoded(cls_ND, dino, dino._replace(features_NK=features_MK))
 
 
 class DinoMethod(nn.Module):
@@ -99,6 +140,7 @@ class DinoMethod(nn.Module):
         losses: Loss weights and centering.
         hu: Intensity contract.
         seed: Initialises the student, below 2**62; the teacher starts as its copy.
+        group_size: Samples among which KoLeo looks for neighbours; 0 is the micro-batch.
     """
 
     def __init__(
@@ -109,9 +151,11 @@ class DinoMethod(nn.Module):
         *,
         hu: HuConfig,
         seed: int,
+        group_size: int = 0,
     ) -> None:
         super().__init__()
         self.config = losses
+        self.group_size = group_size
         self.student = Networks(vit, heads, hu)
         self.student.init_weights(seed)
         self.teacher = Networks(vit, heads, hu).requires_grad_(False)
@@ -120,67 +164,91 @@ class DinoMethod(nn.Module):
             self.dino_center = SoftmaxCenter(heads.dino.num_prototypes)
             self.ibot_center = SoftmaxCenter((heads.ibot or heads.dino).num_prototypes)
 
-    def losses(self, batch: ViewBatch, *, teacher_temp: float, drop_seed: int | None) -> Losses:
+    @property
+    def centers(self) -> list[SoftmaxCenter]:
+        """The centers of the DINO and the iBOT head; none with Sinkhorn-Knopp."""
+        return [self.dino_center, self.ibot_center] if self.config.centering == "softmax" else []
+
+    @torch.no_grad()
+    def targets(
+        self,
+        encoded: Sequence[Encoded],
+        temp: float | Tensor,
+        *,
+        group: dist.ProcessGroup | None = None,
+    ) -> StepTargets:
+        """Return the teacher's targets for all micro-batches of a step.
+
+        Args:
+            encoded: By the teacher, of every micro-batch.
+            temp: Teacher temperature.
+            group: Processes that share the step.
+        """
+        heads = [[e.dino for e in encoded], [e.ibot for e in encoded if e.ibot is not None]]
+        rows = [  # of all micro-batches: the features are joined, not the logits
+            head[0]._replace(features_NK=torch.cat([p.features_NK for p in head]))
+            for head in heads
+            if head
+        ]
+        logits = [projection.logits() for projection in rows]
+        mean_logits = []
+        if self.centers:
+            targets = [center(l_NP, temp) for center, l_NP in zip(self.centers, logits, strict=False)]
+            mean_logits = [_mean_over_rows(l_NP, group) for l_NP in logits]
+        else:
+            targets = sinkhorn(logits, temp, group=group)
+        split = [_split(t, len(encoded)) for t in targets]
+        ibot: Sequence[SoftTargets | None] = split[1] if len(split) > 1 else [None] * len(encoded)
+        return StepTargets(
+            [Targets(d, i) for d, i in zip(split[0], ibot, strict=True)], mean_logits
+        )
+
+    def student_losses(
+        self, batch: ViewBatch, targets: Targets, kept: Kept | None = None
+    ) -> tuple[Losses, Tensor]:
         """Return the losses of one micro-batch, differentiable in the student.
 
         Args:
             batch: Views and masks.
-            teacher_temp: Temperature of the teacher's targets.
-            drop_seed: Draws the rows that drop path keeps, below 2**62; None drops nothing.
+            targets: Of this micro-batch.
+            kept: The rows that drop path keeps; None drops nothing.
+
+        Returns:
+            The losses, and the student's cls tokens of the global views, detached.
         """
-        targets = self.targets(batch, teacher_temp)
-        student = self.student
-        num_global, num_local = batch.global_VBZYX.shape[0], batch.local_VBZYX.shape[0]
-        global_seed, local_seed = (None if drop_seed is None else 2 * drop_seed + i for i in (0, 1))
-
-        tokens_NTD = student.backbone.forward_tokens(
-            _as_volumes(batch.global_VBZYX), batch.mask_NL, drop_seed=global_seed
-        )
-        global_ND = student.cls_tokens(tokens_NTD)
-        masked_MD = None
-        if targets.ibot is not None:
-            masked_MD = student.masked_tokens(tokens_NTD, batch.masked_index_M)
-        cls_ND = global_ND
-        if num_local:
-            tokens_NTD = student.backbone.forward_tokens(
-                _as_volumes(batch.local_VBZYX), drop_seed=local_seed
-            )
-            cls_ND = torch.cat([global_ND, student.cls_tokens(tokens_NTD)])
-        dino_student, ibot_student = student.project(cls_ND, masked_MD)
-
+        cls_ND, dino_student, ibot_student = self.student.encode_student(batch, kept)
         temp = self.config.student_temp
-        features_VBK = _by_view(dino_student.features_NK, num_global + num_local)
+        num_views = batch.global_VBZYX.shape[0] + batch.local_VBZYX.shape[0]
+        features_VBK = _by_view(dino_student.features_NK, num_views)
         dino = dino_loss(targets.dino, features_VBK, dino_student.prototypes_PK, student_temp=temp)
         ibot = dino.global_views.new_zeros(())
         if targets.ibot is not None and ibot_student is not None:
-            num_views, weight_M = batch.mask_NL.shape[0], batch.masked_weight_M
+            num_global, weight_M = batch.mask_NL.shape[0], batch.masked_weight_M
             ibot = ibot_loss(
-                targets.ibot, *ibot_student, weight_M, num_views=num_views, student_temp=temp
+                targets.ibot, *ibot_student, weight_M, num_views=num_global, student_temp=temp
             )
-        first_BD, second_BD = global_ND.chunk(2)
-        koleo = koleo_loss(first_BD) + koleo_loss(second_BD)
+        koleo = torch.stack(
+            [
+                koleo_loss(view_BD.unflatten(0, (-1, self.group_size or view_BD.shape[0])))
+                for view_BD in cls_ND.chunk(2)
+            ]
+        ).sum()
         total = (
             self.config.dino_weight * (dino.global_views + dino.local_views)
             + self.config.ibot_weight * ibot
             + self.config.koleo_weight * koleo
         )
-        return Losses(total, dino.global_views, dino.local_views, ibot, koleo)
+        losses = Losses(total, dino.global_views, dino.local_views, ibot, koleo)
+        return losses, cls_ND.detach()
 
-    @torch.no_grad()
-    def targets(self, batch: ViewBatch, temp: float) -> Targets:
-        """Return the teacher's targets for the unmasked global views, without drop path."""
-        tokens_NTD = self.teacher.backbone.forward_tokens(_as_volumes(batch.global_VBZYX))
-        masked_MD = None
-        if batch.masked_index_M.shape[0]:  # a constant of the run
-            masked_MD = self.teacher.masked_tokens(tokens_NTD, batch.masked_index_M)
-        dino, ibot = self.teacher.project(self.teacher.cls_tokens(tokens_NTD), masked_MD)
-        logits = [head.logits() for head in (dino, ibot) if head is not None]
-        if self.config.centering == "softmax":
-            centers = (self.dino_center, self.ibot_center)
-            targets = [center(rows, temp) for center, rows in zip(centers, logits, strict=False)]
-        else:
-            targets = sinkhorn(logits, temp)
-        return Targets(targets[0], targets[1] if ibot is not None else None)
+    def losses(
+        self, batch: ViewBatch, *, teacher_temp: float | Tensor, kept: Kept | None = None
+    ) -> Losses:
+        """Return the losses of a step of one micro-batch and one process."""
+        with torch.no_grad():
+            encoded = self.teacher.encode_teacher(batch)
+        (targets,) = self.targets([encoded], teacher_temp).of_micro_batches
+        return self.student_losses(batch, targets, kept)[0]
 
 
 def _as_volumes(views_VBZYX: Tensor) -> Tensor:
@@ -190,3 +258,21 @@ def _as_volumes(views_VBZYX: Tensor) -> Tensor:
 def _by_view(rows_NK: Tensor, num_views: int) -> Tensor:
     rows_VBK: Tensor = rows_NK.unflatten(0, (num_views, -1))  # type: ignore[no-untyped-call]
     return rows_VBK
+
+
+def _split(targets: SoftTargets, num: int) -> list[SoftTargets]:
+    """Return the targets of each of ``num`` micro-batches, which have equally many rows."""
+    return [
+        targets._replace(logits_NP=logits_NP, row_N=row_N)
+        for logits_NP, row_N in zip(
+            targets.logits_NP.chunk(num), targets.row_N.chunk(num), strict=True
+        )
+    ]
+
+
+def _mean_over_rows(logits_NP: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    mean_P = logits_NP.mean(dim=0, dtype=torch.promote_types(logits_NP.dtype, torch.float32))
+    if group is not None:
+        dist.all_reduce(mean_P, group=group)
+        mean_P /= dist.get_world_size(group)
+    return mean_P

@@ -1,110 +1,188 @@
-"""One optimizer step: gradients of all micro-batches, the check, the clip, AdamW, the teacher.
+"""One optimizer step: teacher, targets, student and gradients; then the verdict, AdamW, the teacher.
 
-Nothing is written to the weights of student and teacher or to the optimizer before every loss and
-gradient is known to be finite. The clip is per sub-module, as in DINOv2.
+Nothing waits for the device: losses, norms and the guard's verdict stay tensors, and a step that is
+refused changes no weight and no moment. The clip is per sub-module, as in DINOv2.
+
+What is compiled, as one graph each, are the two halves that hold nearly all of the work: the teacher's
+encoding, and the student's losses with their gradients. Between them Sinkhorn-Knopp is two kernels, and
+after them clip, AdamW and moving average are a few multi-tensor kernels each.
 """
 
-import math
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from tapct_fast.config import TrainConfig
 from tapct_fast.data.pipeline import ViewBatch
-from tapct_fast.errors import TrainError
 from tapct_fast.ssl.ema import update_teacher
-from tapct_fast.ssl.method import DinoMethod, Losses
+from tapct_fast.ssl.health import Evidence
+from tapct_fast.ssl.method import DinoMethod, Encoded, Kept, Losses, StepTargets
 from tapct_fast.ssl.param_groups import set_step_values
 from tapct_fast.ssl.schedules import StepValues
+from tapct_fast.train.checkpoint import Run
+from tapct_fast.train.guard import judge, moments_finite
+from tapct_fast.train.processes import Processes
+
+
+class MicroBatch(NamedTuple):
+    """Views, masks, and the rows that drop path keeps; None drops nothing."""
+
+    views: ViewBatch
+    kept: Kept | None
+
+
+class Engine(NamedTuple):
+    """How the steps of a run are done; see ``build_engine``."""
+
+    encode_teacher: Callable[[ViewBatch], Encoded]
+    student_losses: Callable[..., tuple[Losses, Tensor]]
+    dtype: torch.dtype  # what matrix products are rounded to; losses and weights stay float32
+    processes: Processes
 
 
 class StepMetrics(NamedTuple):
-    """Host numbers of one step: losses averaged over the micro-batches, norms before the clip."""
+    """Host numbers of one step: means over micro-batches and processes, norms before the clip."""
 
     losses: dict[str, float]
     grad_norms: dict[str, float]
+    voxels: float  # finite if and only if every voxel of the views is
+    is_sound: bool  # whether the step updated
+    skipped: int  # steps of the run that did not
+    skipped_in_a_row: int
+
+
+class StepResult(NamedTuple):
+    """Numbers of one step that the device may still be computing, and what health is judged by."""
+
+    numbers: Tensor
+    names: Sequence[str]  # of the gradient norms
+    evidence: Evidence
+
+    def read(self) -> StepMetrics:
+        """Wait for the device."""
+        numbers = self.numbers.tolist()
+        losses, rest = numbers[: len(Losses._fields)], numbers[len(Losses._fields) :]
+        voxels, is_sound, skipped, in_a_row, *norms = rest
+        return StepMetrics(
+            dict(zip(Losses._fields, losses, strict=True)),
+            dict(zip(self.names, norms, strict=True)),
+            voxels,
+            bool(is_sound),
+            int(skipped),
+            int(in_a_row),
+        )
+
+
+def build_engine(
+    method: DinoMethod, config: TrainConfig, *, dtype: torch.dtype, processes: Processes
+) -> Engine:
+    """Choose how steps are done: compiled or eager, on copies or on shards.
+
+    The eager step is the definition; tests hold the compiled one to its losses.
+
+    Args:
+        method: Student and teacher, on the device of the run.
+        config: ``compile``, ``checkpointing`` and ``parallel`` are used.
+        dtype: What matrix products are rounded to.
+        processes: Those that share a step.
+    """
+    device = next(method.parameters()).device
+    for block in method.student.backbone.blocks:
+        block.checkpointing = config.checkpointing
+    is_compiled = config.compile in ("on", "cuda-graphs") or (
+        config.compile == "auto" and device.type == "cuda"
+    )
+    encode, losses = method.teacher.encode_teacher, method.student_losses
+    if processes.world_size > 1 and config.parallel == "fsdp":
+        # Hooks gather the weights of a part before it runs, so the parts are compiled.
+        processes.shard(method)
+        for networks in (method.student, method.teacher):
+            for block in networks.backbone.blocks if is_compiled else ():
+                block.attn.compile(dynamic=False)
+                block.mlp.compile(dynamic=False)
+    elif is_compiled:
+        options: dict[str, Any] = {"fullgraph": True, "dynamic": False}
+        if config.compile == "cuda-graphs":
+            options["mode"] = "reduce-overhead"
+        encode, losses = torch.compile(encode, **options), torch.compile(losses, **options)
+    return Engine(encode, losses, dtype, processes)
 
 
 def train_step(
-    method: DinoMethod,
-    optimizer: torch.optim.AdamW,
-    batches: Iterable[tuple[ViewBatch, int]],
-    values: StepValues,
-    *,
-    accumulate: int,
-    clip_norm: float,
-    dtype: torch.dtype = torch.float32,
-) -> StepMetrics:
+    run: Run, batches: Sequence[MicroBatch], values: StepValues, engine: Engine
+) -> StepResult:
     """Do one step in place.
 
     Args:
-        method: Student and teacher.
-        optimizer: Over the student's parameters, from ``build_optimizer``.
-        batches: ``accumulate`` micro-batches, each with its drop-path seed; each is done with
-            before the next is asked for.
+        run: Student, teacher, optimizer and guard.
+        batches: The micro-batches of this process.
         values: The schedules at this step.
-        accumulate: Micro-batches; every loss is divided by it.
-        clip_norm: Largest gradient norm of each of backbone, DINO head and iBOT head.
-        dtype: What matrix products are rounded to; losses and weights stay float32.
-
-    Raises:
-        TrainError: A loss or gradient is not finite. Weights, optimizer and teacher are unchanged.
+        engine: From ``build_engine``.
     """
+    method, optimizer, processes = run.method, run.optimizer, engine.processes
     student = method.student
     optimizer.zero_grad(set_to_none=True)
-    sums: list[Tensor] | None = None
-    num_batches = 0
-    for batch, drop_seed in batches:
-        device_type = batch.global_VBZYX.device.type
-        with torch.autocast(device_type, dtype=dtype, enabled=dtype != torch.float32):
-            losses = method.losses(batch, teacher_temp=values.teacher_temp, drop_seed=drop_seed)
-        (losses.total / accumulate).backward()  # type: ignore[no-untyped-call]
-        # A sum is finite only if every voxel is; the next micro-batch may replace this one.
-        voxels = batch.global_VBZYX.sum() + batch.local_VBZYX.sum()
-        parts = [*(loss.detach() / accumulate for loss in losses), voxels]
-        sums = parts if sums is None else [a + b for a, b in zip(sums, parts, strict=True)]
-        num_batches += 1
-    assert sums is not None
-    assert num_batches == accumulate, f"{num_batches} micro-batches, not {accumulate}"
+    with torch.no_grad(), _rounded(run, engine):
+        encoded = [engine.encode_teacher(batch.views) for batch in batches]
+        targets = method.targets(encoded, values.teacher_temp, group=processes.group)
+    sums: list[Tensor] = []
+    for (views, kept), wanted in zip(batches, targets.of_micro_batches, strict=True):
+        with _rounded(run, engine):
+            losses, cls_ND = engine.student_losses(views, wanted, kept)
+        (losses.total / len(batches)).backward()  # type: ignore[no-untyped-call]
+        # A sum is finite only if every voxel is.
+        voxels = views.global_VBZYX.sum() + views.local_VBZYX.sum()
+        parts = [*(loss.detach() / len(batches) for loss in losses), voxels]
+        sums = parts if not sums else [a + b for a, b in zip(sums, parts, strict=True)]
 
-    names = [name for name, _ in student.named_children()]
-    norms = [
-        nn.utils.clip_grad_norm_(module.parameters(), clip_norm, foreach=True)
-        for module in student.children()
-    ]
-    numbers = torch.stack([*sums, *norms]).tolist()  # the one host sync of a step
-    num_losses = len(Losses._fields)
-    metrics = StepMetrics(
-        losses=dict(zip(Losses._fields, numbers[:num_losses], strict=True)),
-        grad_norms=dict(zip(names, numbers[num_losses + 1 :], strict=True)),
+    means = processes.mean(torch.stack(sums))
+    processes.reduce_gradients(student.parameters())
+    norms = torch.stack(
+        [
+            processes.whole(nn.utils.clip_grad_norm_(part.parameters(), run.config.optim.clip_norm))
+            for part in student.children()
+        ]
     )
-    _check_finite(metrics, numbers[num_losses], method)
+    # Views and moments too: what is not finite there need not show in a loss.
+    sound = torch.where(moments_finite(optimizer) & means.isfinite().all(), means, torch.nan)
+    is_sound, state = judge(run.guard, sound[: len(Losses._fields)], norms, run.config.guard)
+    for old, new in zip(run.guard, state, strict=True):
+        old.copy_(new)
+    _update(run, values, is_sound, targets, engine)
+    verdict = torch.stack([is_sound, run.guard.skipped, run.guard.in_a_row])
+    return StepResult(
+        torch.cat([means, verdict.to(means.dtype), norms]),
+        [name for name, _ in student.named_children()],
+        Evidence(
+            encoded[0].cls_ND, cls_ND, None, *targets.of_micro_batches[0]
+        ),
+    )
 
+
+def _update(
+    run: Run, values: StepValues, is_sound: Tensor, targets: StepTargets, engine: Engine
+) -> None:
+    """Update student, teacher and centers; nothing changes where ``is_sound`` holds False."""
+    method, optimizer = run.method, run.optimizer
     set_step_values(optimizer, values)
-    optimizer.step()
-    update_teacher(method.teacher, student, values.momentum)
-    return metrics
-
-
-def _check_finite(metrics: StepMetrics, voxels: float, method: DinoMethod) -> None:
-    named = {f"loss {name}": value for name, value in metrics.losses.items()}
-    named |= {f"gradient of the {name}": value for name, value in metrics.grad_norms.items()}
-    bad = [name for name, value in named.items() if not math.isfinite(value)]
-    if not bad and math.isfinite(voxels):
-        return
-    damaged = [
-        name
-        for name, module in (("student", method.student), ("teacher", method.teacher))
-        if not all(bool(p.isfinite().all()) for p in module.parameters())
-    ]
-    if not math.isfinite(voxels):
-        cause = "the views hold NaN or infinity; check the settings under hu and views"
-    elif damaged:
-        cause = f"weights of {' and '.join(damaged)} are damaged; resume from a checkpoint"
+    if engine.processes.is_sharded:  # its kernel takes no flag beside shards
+        if not is_sound:
+            return
+        optimizer.step()
     else:
-        cause = (
-            "views and weights are finite, so the numbers overflowed on the way; "
-            "lower schedule.base_lr or use train.precision=fp32"
-        )
-    raise TrainError(f"not finite: {', '.join(bad or ['views'])}. Nothing was updated. {cause}")
+        # What a gradient scaler sets: the fused kernel then writes nothing.
+        optimizer.found_inf = (~is_sound).float()  # type: ignore[attr-defined]
+        optimizer.step()
+    update_teacher(method.teacher, method.student, values.momentum, is_sound)
+    for center, mean_P in zip(method.centers, targets.mean_logits, strict=False):
+        center.move(mean_P, is_sound)
+
+
+def _rounded(run: Run, engine: Engine) -> AbstractContextManager[object]:
+    device_type = run.guard.accepted.device.type
+    return torch.autocast(
+        device_type, dtype=engine.dtype, enabled=engine.dtype != torch.float32
+    )

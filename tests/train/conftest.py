@@ -46,7 +46,13 @@ def tiny_config() -> Config:
             momentum=(0.9, 1.0),
         ),
         train=TrainConfig(
-            num_steps=6, batch_size=4, accumulate=2, checkpoint_every=3, log_every=1, seed=3
+            num_steps=6,
+            batch_size=4,
+            group_size=2,
+            accumulate=2,
+            checkpoint_every=3,
+            log_every=1,
+            seed=3,
         ),
     )
 
