@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from tapct_fast.data.pipeline import ViewBatch
-from tapct_fast.errors import TrainError
 from tapct_fast.ssl.ema import update_teacher
 from tapct_fast.ssl.method import DinoMethod, Losses
 from tapct_fast.ssl.param_groups import set_step_values
 from tapct_fast.ssl.schedules import StepValues
+from tapct_fast.train.guard import NotFiniteError, explain, moments_finite
 
 
 class StepMetrics(NamedTuple):
@@ -49,7 +49,8 @@ def train_step(
         dtype: What matrix products are rounded to; losses and weights stay float32.
 
     Raises:
-        TrainError: A loss or gradient is not finite. Weights, optimizer and teacher are unchanged.
+        NotFiniteError: A loss, gradient or moment is not finite. Weights, optimizer and teacher are
+            unchanged.
     """
     student = method.student
     optimizer.zero_grad(set_to_none=True)
@@ -73,38 +74,22 @@ def train_step(
         nn.utils.clip_grad_norm_(module.parameters(), clip_norm, foreach=True)
         for module in student.children()
     ]
-    numbers = torch.stack([*sums, *norms]).tolist()  # the one host sync of a step
+    verdict = moments_finite(optimizer).float()
+    numbers = torch.stack([*sums, verdict, *norms]).tolist()  # the one host sync of a step
     num_losses = len(Losses._fields)
-    metrics = StepMetrics(
-        losses=dict(zip(Losses._fields, numbers[:num_losses], strict=True)),
-        grad_norms=dict(zip(names, numbers[num_losses + 1 :], strict=True)),
-    )
-    _check_finite(metrics, numbers[num_losses], method)
+    losses_by_name = dict(zip(Losses._fields, numbers[:num_losses], strict=True))
+    norms_by_name = dict(zip(names, numbers[num_losses + 2 :], strict=True))
+    if not (all(map(math.isfinite, numbers)) and numbers[num_losses + 1]):
+        cause = explain(
+            losses_by_name,
+            norms_by_name,
+            voxels=numbers[num_losses],
+            networks={"student": student, "teacher": method.teacher},
+            optimizer=optimizer,
+        )
+        raise NotFiniteError(cause, losses_by_name, norms_by_name)
 
     set_step_values(optimizer, values)
     optimizer.step()
     update_teacher(method.teacher, student, values.momentum)
-    return metrics
-
-
-def _check_finite(metrics: StepMetrics, voxels: float, method: DinoMethod) -> None:
-    named = {f"loss {name}": value for name, value in metrics.losses.items()}
-    named |= {f"gradient of the {name}": value for name, value in metrics.grad_norms.items()}
-    bad = [name for name, value in named.items() if not math.isfinite(value)]
-    if not bad and math.isfinite(voxels):
-        return
-    damaged = [
-        name
-        for name, module in (("student", method.student), ("teacher", method.teacher))
-        if not all(bool(p.isfinite().all()) for p in module.parameters())
-    ]
-    if not math.isfinite(voxels):
-        cause = "the views hold NaN or infinity; check the settings under hu and views"
-    elif damaged:
-        cause = f"weights of {' and '.join(damaged)} are damaged; resume from a checkpoint"
-    else:
-        cause = (
-            "views and weights are finite, so the numbers overflowed on the way; "
-            "lower schedule.base_lr or use train.precision=fp32"
-        )
-    raise TrainError(f"not finite: {', '.join(bad or ['views'])}. Nothing was updated. {cause}")
+    return StepMetrics(losses_by_name, norms_by_name)

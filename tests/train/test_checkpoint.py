@@ -16,7 +16,9 @@ from tapct_fast.config import Config
 from tapct_fast.errors import CheckpointError, TrainError
 from tapct_fast.ssl.method import DinoMethod
 from tapct_fast.ssl.param_groups import build_optimizer, param_groups
-from tapct_fast.train.checkpoint import Run, load_latest, save, verify
+from tapct_fast.train.checkpoint import Run, load_latest, pointed_to, verify
+from tapct_fast.train.checkpoint_writer import save
+from tapct_fast.train.guard import start_guard
 
 FILES = {
     "student.safetensors",
@@ -31,7 +33,8 @@ FILES = {
 def build(config: Config, seed: int = 0, store: str = "abc") -> Run:
     method = DinoMethod(config.vit, config.heads, config.losses, hu=config.hu, seed=seed)
     groups = param_groups(method.student, depth=config.vit.depth, config=config.optim)
-    return Run(method, build_optimizer(groups, config.optim), config, store, "cpu float32")
+    optimizer, guard = build_optimizer(groups, config.optim), start_guard(3, "cpu")
+    return Run(method, optimizer, config, store, "cpu float32", guard)
 
 
 def build_stepped(config: Config, seed: int = 0) -> Run:
@@ -108,7 +111,7 @@ def test_the_oldest_checkpoints_are_removed(config: Config, tmp_path: Path) -> N
     for step in range(1, 6):
         save(run, tmp_path, step)
     left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
-    assert left == [f"step-{step:08d}" for step in (3, 4, 5)]
+    assert left == ["latest.json", *(f"step-{step:08d}" for step in (3, 4, 5))]
 
 
 def test_every_flipped_bit_is_found(config: Config, tmp_path: Path) -> None:
@@ -190,7 +193,8 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(
     assert "step-00000002 is damaged" in lines[0]
     assert reason in lines[0]
     names = {path.name for path in (tmp_path / "checkpoints").iterdir()}
-    assert names == {"step-00000001", "step-00000002.damaged"}
+    assert names == {"latest.json", "step-00000001", "step-00000002.damaged"}
+    assert pointed_to(tmp_path) == "step-00000001"
 
 
 def test_without_an_intact_checkpoint_a_run_does_not_silently_start_again(
@@ -243,8 +247,8 @@ def test_a_checkpoint_of_a_later_release_is_refused_and_left_alone(
 ) -> None:
     save(build(config), tmp_path, 1)
     manifest = save(build(config), tmp_path, 2) / "manifest.json"
-    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"version": 2}))
-    with pytest.raises(CheckpointError, match="checkpoint version 2; this tapct_fast reads 1"):
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"version": 3}))
+    with pytest.raises(CheckpointError, match="checkpoint version 3; this tapct_fast reads 2"):
         load_latest(build(config), tmp_path, notify=pytest.fail)
     assert manifest.exists()
 
@@ -256,13 +260,15 @@ def test_a_state_that_is_not_finite_is_never_written(config: Config, tmp_path: P
     run.optimizer.state[weight]["exp_avg_sq"][0] = torch.inf
     with pytest.raises(TrainError, match=r"optimizer backbone.norm.weight.exp_avg_sq"):
         save(run, tmp_path, 2)
-    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
+    names = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert names == {"latest.json", "step-00000001"}
 
 
 def test_a_folder_that_cannot_be_written_is_one_clear_error(config: Config, tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("a file in the way")
-    with pytest.raises(CheckpointError, match=r"step 1 cannot be written: .*same command again"):
+    with pytest.raises(CheckpointError, match=r"step 1 cannot be written: .*same command") as error:
         save(build(config), tmp_path, 1)
+    assert error.value.exit_code == 74
 
 
 def test_leftovers_of_a_killed_save_are_removed(config: Config, tmp_path: Path) -> None:

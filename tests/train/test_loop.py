@@ -77,7 +77,7 @@ def test_a_run_writes_its_config_its_metrics_and_its_checkpoints(
     assert [row["step"] for row in log] == [1, 2, 3, 4, 5, 6]
     assert all(math.isfinite(value) for row in log for value in row.values())
     names = sorted(path.name for path in (finished / "checkpoints").iterdir())
-    assert names == ["step-00000003", "step-00000006"]
+    assert names == ["latest.json", "step-00000003", "step-00000006"]
     again = train(tiny_config, tiny_store, finished)  # a finished run has nothing to do
     assert again.checkpoint == finished / "checkpoints" / "step-00000006"
     assert again.final_loss == log[-1]["loss"]
