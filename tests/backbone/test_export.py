@@ -37,7 +37,7 @@ def make_run(seed: int) -> Run:
         for parameter in method.teacher.parameters():
             parameter.add_(0.25)
     groups = param_groups(method.student, depth=config.vit.depth, config=config.optim)
-    optimizer, guard = build_optimizer(groups, config.optim), start_guard(3, "cpu")
+    optimizer, guard = build_optimizer(groups, config.optim), start_guard(2, "cpu")
     return Run(method, optimizer, config, "store", "cpu fp32", guard)
 
 
@@ -125,7 +125,7 @@ def test_a_folder_without_checkpoints_is_an_error(tmp_path: Path) -> None:
 def test_a_checkpoint_of_another_version_is_refused(run_dir: Path, tmp_path: Path) -> None:
     shutil.rmtree(run_dir / "checkpoints" / "step-00000001")
     path = run_dir / "checkpoints" / "step-00000002" / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 2}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 3}))
     with pytest.raises(CheckpointError, match="another version"):
         export_backbone(run_dir, tmp_path / "out")
 

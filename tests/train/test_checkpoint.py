@@ -10,15 +10,12 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from torch import Tensor
+from stepped_runs import assert_equal, build, build_stepped, tensors, with_centers
 
 from tapct_fast.config import Config
 from tapct_fast.errors import CheckpointError, TrainError
-from tapct_fast.ssl.method import DinoMethod
-from tapct_fast.ssl.param_groups import build_optimizer, param_groups
-from tapct_fast.train.checkpoint import Run, load_latest, pointed_to, verify
+from tapct_fast.train.checkpoint import load_latest, pointed_to, verify
 from tapct_fast.train.checkpoint_writer import save
-from tapct_fast.train.guard import start_guard
 
 FILES = {
     "student.safetensors",
@@ -30,41 +27,9 @@ FILES = {
 }
 
 
-def build(config: Config, seed: int = 0, store: str = "abc") -> Run:
-    method = DinoMethod(config.vit, config.heads, config.losses, hu=config.hu, seed=seed)
-    groups = param_groups(method.student, depth=config.vit.depth, config=config.optim)
-    optimizer, guard = build_optimizer(groups, config.optim), start_guard(3, "cpu")
-    return Run(method, optimizer, config, store, "cpu float32", guard)
-
-
-def build_stepped(config: Config, seed: int = 0) -> Run:
-    run = build(config, seed)
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in run.method.student.named_parameters():
-        if name != "backbone.mask_token":  # never masked: no gradient, no optimizer state
-            parameter.grad = torch.randn(parameter.shape, generator=generator)
-    run.optimizer.step()
-    for center in (m for m in run.method.children() if hasattr(m, "center_P")):
-        center.center_P.normal_(generator=generator)
-    return run
-
-
-def tensors(run: Run) -> dict[str, Tensor]:
-    names = {p: n for n, p in run.method.student.named_parameters()}
-    state = {f"{names[p]}.{k}": t for p, s in run.optimizer.state.items() for k, t in s.items()}
-    return {k: t.detach().clone() for k, t in (run.method.state_dict() | state).items()}
-
-
-def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[name], other[name]) for name in one)
-
-
 @pytest.fixture
 def config(tiny_config: Config) -> Config:
-    return dataclasses.replace(
-        tiny_config, losses=dataclasses.replace(tiny_config.losses, centering="softmax")
-    )
+    return with_centers(tiny_config)
 
 
 def test_weights_optimizer_and_centers_come_back_bit_for_bit(
