@@ -292,8 +292,8 @@ class GuardConfig:
     Origin of the spike limits: see ``train/guard.py``.
     """
 
-    spike_loss: float = 4.0  # nats of the total loss above its running mean
-    spike_norm: float = 50.0  # times the running mean of a gradient norm
+    spike_loss: float = 3.0  # nats of the total loss above its running mean
+    spike_norm: float = 20.0  # times the running mean of a gradient norm
     warmup_steps: int = 1000  # accepted steps before anything counts as a spike
     skip_budget: int = 3  # skips in a row that end in a roll-back
     max_rollbacks: int = 3  # of a run; the next one stops it
