@@ -1,7 +1,8 @@
 """The command line: one verb per stage of the path.
 
 Exit codes: 0 done, 2 a wrong argument or setting, 65 data that cannot be used, 70 training stopped,
-130 interrupted. Errors are one line on stderr; inputs are named by position, never by path.
+74 a checkpoint that cannot be written, 75 stopped behind a checkpoint and worth another try, 130
+interrupted. Errors are one line on stderr; inputs are named by position, never by path.
 """
 
 import argparse
@@ -124,6 +125,16 @@ def _train(args: argparse.Namespace) -> int:
     from tapct_fast.train.loop import train
 
     train(config, args.store, args.out, resume=args.resume, device=args.device, progress=True)
+    return 0
+
+
+def _replay(args: argparse.Namespace) -> int:
+    _existing([args.run_dir], "RUN")
+    _existing([args.store], "STORE")
+    from tapct_fast.train.log import notify
+    from tapct_fast.train.replay import render, replay
+
+    print(render(replay(args.run_dir, args.store, args.step, device=args.device, notify=notify)))
     return 0
 
 
@@ -367,6 +378,21 @@ def _parser() -> _Parser:
     )
     train.add_argument("--device", default=None, help="default: cuda where there is one, else cpu")
     train.set_defaults(run=_train)
+
+    replay = verbs.add_parser(
+        "replay",
+        help="do one step of a run again and find where its numbers break",
+        description="Load the newest checkpoint before step N, run up to N, print its losses and "
+        "gradient norms beside the recorded ones, and name the first module and the first gradient "
+        "that are not finite. RUN is only read.",
+    )
+    replay.add_argument("run_dir", type=Path, metavar="RUN", help="the run's folder")
+    replay.add_argument("store", type=Path, metavar="STORE", help="what it was trained on")
+    replay.add_argument(
+        "--step", type=int, required=True, metavar="N", help="as in incidents.jsonl, from 1"
+    )
+    replay.add_argument("--device", default=None, help="default: as in train")
+    replay.set_defaults(run=_replay)
 
     views = verbs.add_parser(
         "views",

@@ -286,6 +286,30 @@ class ScheduleConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GuardConfig:
+    """Which steps may update the weights, and what happens when they may not.
+
+    Origin of the spike limits: see ``train/guard.py``.
+    """
+
+    spike_loss: float = 3.0  # nats of the total loss above its running mean
+    spike_norm: float = 20.0  # times the running mean of a gradient norm
+    warmup_steps: int = 1000  # accepted steps before anything counts as a spike
+    skip_budget: int = 3  # skips in a row that end in a roll-back
+    max_rollbacks: int = 3  # of a run; the next one stops it
+
+    def __post_init__(self) -> None:
+        _require(self.spike_loss > 0, f"guard.spike_loss={self.spike_loss} is not positive")
+        _require(self.spike_norm > 1, f"guard.spike_norm={self.spike_norm} is not above 1")
+        _require(
+            self.warmup_steps >= 1,
+            f"guard.warmup_steps={self.warmup_steps} is not positive: the means need a first step",
+        )
+        _require(self.skip_budget >= 1, f"guard.skip_budget={self.skip_budget} is not positive")
+        _require(self.max_rollbacks >= 0, f"guard.max_rollbacks={self.max_rollbacks} is negative")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
     """The loop: how long, how large, how precise, how often to save."""
 
@@ -339,6 +363,7 @@ class Config:
     losses: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:

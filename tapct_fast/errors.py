@@ -58,6 +58,12 @@ class CheckpointError(TapctError, ValueError):
     """A training checkpoint is damaged or does not fit the run that wants to resume from it."""
 
 
+class CheckpointWriteError(CheckpointError):
+    """The system could not write a checkpoint: the disk is full, or fails. Earlier ones stay."""
+
+    exit_code = 74  # EX_IOERR
+
+
 class BackboneError(TapctError, ValueError):
     """Backbone weights or their config are damaged or do not describe a known architecture."""
 

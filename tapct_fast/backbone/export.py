@@ -33,7 +33,7 @@ from tapct_fast.errors import CheckpointError, ConfigError, FormatError, InputEr
 from tapct_fast.io.atomic import atomic_folder, read_json
 
 # What train/checkpoint.py writes; this layer does not import it.
-_CHECKPOINT = ("tapct-checkpoint", 1)
+_CHECKPOINT = ("tapct-checkpoint", 2)
 _STEP_FOLDER = re.compile(r"step-\d{8,}")  # others were set aside as damaged
 _BACKBONE_PREFIX = "backbone."
 

@@ -9,13 +9,14 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
 from tapct_fast.errors import FormatError
 
 MAX_JSON_BYTES = 1 << 30  # an index of a million cases is a third of this
+_PIECE_BYTES = 1 << 20
 
 
 def _temporary(path: Path) -> Path:
@@ -77,6 +78,33 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def write_hashed(path: Path, parts: Iterable[bytes | memoryview]) -> str:
+    """Write ``parts`` to a new file, wait until they are on the disk, return their SHA-256.
+
+    Raises:
+        OSError: The disk is full or cannot be written.
+    """
+    digest = hashlib.sha256()
+    with path.open("wb") as file:
+        for part in parts:
+            view = memoryview(part)
+            # In pieces that stay in the cache from the hash to the write.
+            for start in range(0, len(view), _PIECE_BYTES):
+                piece = view[start : start + _PIECE_BYTES]
+                digest.update(piece)
+                file.write(piece)
+        file.flush()
+        os.fsync(file.fileno())
+    return digest.hexdigest()
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder so that it is there whole or, from the first moment on, not at all."""
+    aside = _temporary(path)
+    path.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def sha256_file(path: Path) -> str:

@@ -1,23 +1,26 @@
 """Training checkpoints: safetensors and JSON in a folder that is complete, hashed, or not used.
 
-Layout of ``DIR/checkpoints/step-00000100``, the run after 100 steps::
+``checkpoint_writer.py`` writes them; here they are checked and read. Layout of
+``DIR/checkpoints/step-00000100``, the run after 100 steps::
 
     student.safetensors    backbone.*, dino_head.*, ibot_head.*
     teacher.safetensors    the same names, and dino_center.*, ibot_center.* with softmax centering
-    optimizer.safetensors  <name>.exp_avg, <name>.exp_avg_sq, <name>.step of the student's names
+    optimizer.safetensors  <name>.exp_avg, <name>.exp_avg_sq, <name>.step of the student's names,
+                           and guard.*, see guard.py
     config.json            the run's config
     state.json             step, store fingerprint, and what the bits of a step depend on
     manifest.json          sha256 and size of every other file
 
-The folder takes its name when all of it is on the disk; one that fails its hashes is renamed to
-``.damaged`` and the one before it is used. Nothing is pickled.
+The folder takes its name when all of it is on the disk and was read back; then
+``checkpoints/latest.json`` names it. One that fails its hashes is renamed to ``.damaged`` and the
+one before it is used. Tensors are whole, so another number of ranks reads them. Nothing is pickled.
 """
 
 import json
 import platform
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,15 +30,19 @@ from torch import Tensor
 
 from tapct_fast import __version__
 from tapct_fast.config import Config, to_json
-from tapct_fast.errors import CheckpointError, FormatError, TrainError
-from tapct_fast.io.atomic import atomic_folder, read_json, sha256_file, write_json
+from tapct_fast.errors import CheckpointError, CheckpointWriteError, FormatError
+from tapct_fast.io.atomic import read_json, remove_folder, sha256_file, write_json
 from tapct_fast.ssl.method import DinoMethod
+from tapct_fast.train.guard import GuardState
 
 FORMAT = "tapct-checkpoint"
-VERSION = 1
-_STATE = ("student", "teacher", "optimizer")
-# How fast a run is, never what it computes: a resume may change these.
-_FREE = {"train.num_workers", "train.read_timeout"}
+VERSION = 2  # 2: guard.* in optimizer.safetensors, latest.json
+STATE = ("student", "teacher", "optimizer")
+LATEST = "latest.json"
+_GUARD = "guard."
+# How fast a run is, and when it gives up, never what a healthy step computes: a resume may change
+# these.
+_FREE = ("train.num_workers", "train.read_timeout", _GUARD)
 
 
 class DamagedError(CheckpointError):
@@ -50,57 +57,22 @@ class Run(NamedTuple):
     config: Config
     fingerprint: str  # of the store
     backend: str  # device and precision, as logged
+    guard: GuardState
 
 
-def save(run: Run, directory: Path, step: int) -> Path:
-    """Write the run after ``step`` steps below ``directory`` and remove the oldest ones.
-
-    Returns:
-        The checkpoint's folder.
-
-    Raises:
-        CheckpointError: The disk is full or cannot be written; earlier checkpoints are as before.
-        TrainError: A tensor is not finite: such a state is never written.
-    """
-    tensors = {name: _tensors(run, name) for name in _STATE}
-    for kind, state in tensors.items():
-        for name, tensor in state.items():
-            if not bool(tensor.isfinite().all()):
-                raise TrainError(
-                    f"{kind} {name} is not finite after step {step}; no checkpoint was written. "
-                    "Resume from the one before with a lower schedule.base_lr"
-                )
-    folder = directory / "checkpoints" / f"step-{step:08d}"
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_folder(folder) as temporary:
-            for kind, state in tensors.items():
-                # safetensors writes the memory of a tensor: it must be dense and on the host.
-                host = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-                safetensors.torch.save_file(host, temporary / f"{kind}.safetensors")
-            (temporary / "config.json").write_text(to_json(run.config) + "\n")
-            write_json(temporary / "state.json", _versioned({"step": step, **_identity(run)}))
-            files = {
-                path.name: {"sha256": sha256_file(path), "size": path.stat().st_size}
-                for path in sorted(temporary.iterdir())
-            }
-            write_json(temporary / "manifest.json", _versioned({"files": files}))
-        _remove_old(directory, run.config.train.keep_checkpoints)
-    except OSError as error:
-        raise CheckpointError(
-            f"the checkpoint of step {step} cannot be written: {error.strerror}; free space and "
-            "give the same command again"
-        ) from None
-    return folder
-
-
-def load_latest(run: Run, directory: Path, *, notify: Callable[[str], None]) -> int:
+def load_latest(
+    run: Run, directory: Path, *, notify: Callable[[str], None], at_most: int | None = None
+) -> int:
     """Load the newest checkpoint that passes its check into ``run``.
+
+    Damaged ones are set aside, and what a killed save left behind is removed.
 
     Args:
         run: Built from the config that wants to resume.
         directory: The run's folder.
         notify: Told in one line about damaged checkpoints and about what may change bits.
+        at_most: Go back to this step or one before; what is newer belongs to a course that the run
+            leaves, and is removed.
 
     Returns:
         Steps done: 0, and nothing loaded, where there is no checkpoint.
@@ -108,32 +80,71 @@ def load_latest(run: Run, directory: Path, *, notify: Callable[[str], None]) -> 
     Raises:
         CheckpointError: No checkpoint passes, the newest one is of another version, or the run has
             other settings or another store.
+        CheckpointWriteError: The run's folder cannot be written.
     """
-    folders = list(reversed(_folders(directory)))
+    folder, damaged = newest_intact(directory, notify=notify, at_most=at_most)
+    if folder is None:
+        return 0
+    step = load(run, folder, notify=notify)
+    try:
+        for path in damaged:
+            aside = path.with_suffix(".damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+        point_to(folder)
+        for newer in folders(directory):
+            if step_of(newer) > step:
+                remove_folder(newer)
+        for leftover in folder.parent.glob(".step-*.tmp"):  # of a run killed while it saved
+            shutil.rmtree(leftover, ignore_errors=True)
+    except OSError as error:
+        raise CheckpointWriteError(
+            f"checkpoints of --out cannot be set aside: {error.strerror}; mend that and give the "
+            "same command again"
+        ) from None
+    return step
+
+
+def newest_intact(
+    directory: Path, *, notify: Callable[[str], None], at_most: int | None = None
+) -> tuple[Path | None, list[Path]]:
+    """Find the newest checkpoint that passes its check, and the damaged ones that are newer.
+
+    Raises:
+        CheckpointError: There are checkpoints and none passes, or the newest one is of another
+            version.
+    """
+    candidates = [f for f in folders(directory) if at_most is None or step_of(f) <= at_most]
     damaged: list[Path] = []
-    for folder in folders:
+    for folder in reversed(candidates):
         try:
             verify(folder)
         except DamagedError as error:
             notify(f"{folder.name} is damaged ({error}); trying the one before")
             damaged.append(folder)
-            continue
-        state = read_json(folder / "state.json", "checkpoint state")
-        _check_same_run(run, folder, state, notify)
-        _load(run, folder)
-        for path in damaged:
-            aside = path.with_suffix(".damaged")
-            shutil.rmtree(aside, ignore_errors=True)
-            path.rename(aside)
-        for leftover in folder.parent.glob(".step-*.tmp"):  # of a run killed while it saved
-            shutil.rmtree(leftover, ignore_errors=True)
-        return int(state["step"])
-    if folders:
+        else:
+            return folder, damaged
+    if candidates:
         raise CheckpointError(
-            f"none of {len(folders)} checkpoints passes its check; restore one, or give another "
+            f"none of {len(candidates)} checkpoints passes its check; restore one, or give another "
             "--out to start again"
         )
-    return 0
+    return None, []
+
+
+def load(run: Run, folder: Path, *, notify: Callable[[str], None]) -> int:
+    """Load one checkpoint that was verified; nothing on the disk changes.
+
+    Returns:
+        Steps done.
+
+    Raises:
+        CheckpointError: The run has other settings or another store.
+    """
+    state = read_json(folder / "state.json", "checkpoint state")
+    _check_same_run(run, folder, state, notify)
+    _load(run, folder)
+    return int(state["step"])
 
 
 def verify(folder: Path) -> None:
@@ -173,29 +184,57 @@ def verify(folder: Path) -> None:
 
 def has_run(directory: Path) -> bool:
     """Say whether ``directory`` holds checkpoints or metrics of a run."""
-    return bool(_folders(directory)) or (directory / "metrics.jsonl").exists()
+    return bool(folders(directory)) or (directory / "metrics.jsonl").exists()
 
 
-def _folders(directory: Path) -> list[Path]:
+def folders(directory: Path) -> list[Path]:
     """Return the checkpoints below a run's folder, oldest first."""
     found = (directory / "checkpoints").glob("step-*")
     return sorted(path for path in found if re.fullmatch(r"step-\d{8,}", path.name))
 
 
-def _remove_old(directory: Path, keep: int) -> None:
-    for folder in _folders(directory)[:-keep]:
-        shutil.rmtree(folder)
+def step_of(folder: Path) -> int:
+    """Return the steps done at a checkpoint, from its name."""
+    return int(folder.name.removeprefix("step-"))
 
 
-def _versioned(content: dict[str, Any]) -> dict[str, Any]:
+def point_to(folder: Path) -> None:
+    """Let ``latest.json`` name a verified checkpoint.
+
+    Raises:
+        OSError: The disk is full or cannot be written; the old pointer stays.
+    """
+    pointer = {"folder": folder.name, "manifest_sha256": sha256_file(folder / "manifest.json")}
+    path = folder.parent / LATEST
+    content = versioned(pointer)
+    if not path.exists() or _lenient(path) != content:
+        write_json(path, content)
+
+
+def pointed_to(directory: Path) -> str:
+    """Return the folder that ``latest.json`` names; empty without one."""
+    return str((_lenient(directory / "checkpoints" / LATEST) or {}).get("folder", ""))
+
+
+def _lenient(path: Path) -> Any:
+    try:
+        content = read_json(path, "pointer")
+    except FormatError:
+        return None  # the hashes decide what is loaded; a pointer is only written anew
+    return content if isinstance(content, dict) else None
+
+
+def versioned(content: dict[str, Any]) -> dict[str, Any]:
+    """Put format and version before the content of a JSON file."""
     return {"format": FORMAT, "version": VERSION, **content}
 
 
-def _identity(run: Run) -> dict[str, Any]:
-    return {"store": run.fingerprint, "environment": _environment(run)}
+def identity(run: Run) -> dict[str, Any]:
+    """Return the store and what the bits of a step depend on besides config and store."""
+    return {"store": run.fingerprint, "environment": environment(run)}
 
 
-def _environment(run: Run) -> dict[str, Any]:
+def environment(run: Run) -> dict[str, Any]:
     """Return what the bits of a step depend on besides config and store."""
     return {
         "tapct_fast": __version__,
@@ -206,31 +245,32 @@ def _environment(run: Run) -> dict[str, Any]:
     }
 
 
-def _named_state(run: Run) -> Iterator[tuple[str, dict[str, Any]]]:
-    for name, parameter in run.method.student.named_parameters():
-        if parameter in run.optimizer.state:
-            yield name, run.optimizer.state[parameter]
-
-
-def _tensors(run: Run, kind: str) -> dict[str, Tensor]:
-    """Return the live tensors of one file; loading copies into the same names."""
+def tensors_of(run: Run, kind: str) -> dict[str, Tensor]:
+    """Return the live tensors of one file by name."""
     method = run.method
     if kind == "student":
         return dict(method.student.state_dict())
     if kind == "teacher":
         centers = {k: v for k, v in method.state_dict().items() if "_center." in k}
         return method.teacher.state_dict() | centers
-    return {f"{name}.{key}": t for name, state in _named_state(run) for key, t in state.items()}
+    named = {
+        f"{name}.{key}": tensor
+        for name, parameter in method.student.named_parameters()
+        for key, tensor in run.optimizer.state.get(parameter, {}).items()
+    }
+    return named | {_GUARD + name: tensor for name, tensor in run.guard._asdict().items()}
 
 
+@torch.no_grad()
 def _load(run: Run, folder: Path) -> None:
-    loaded = {kind: safetensors.torch.load_file(folder / f"{kind}.safetensors") for kind in _STATE}
+    loaded = {kind: safetensors.torch.load_file(folder / f"{kind}.safetensors") for kind in STATE}
     for kind in ("student", "teacher"):
-        live = _tensors(run, kind)
+        live = tensors_of(run, kind)
         assert live.keys() == loaded[kind].keys(), f"{kind}: equal configs have equal tensors"
-        with torch.no_grad():
-            for name, tensor in live.items():
-                tensor.copy_(loaded[kind][name])
+        for name, tensor in live.items():
+            tensor.copy_(loaded[kind][name])
+    for name, tensor in run.guard._asdict().items():
+        tensor.copy_(loaded["optimizer"].pop(_GUARD + name))
     # A parameter that never had a gradient has no state, so the names come from the file.
     parameters = dict(run.method.student.named_parameters())
     run.optimizer.state.clear()
@@ -245,7 +285,7 @@ def _check_same_run(
     old = _flat(read_json(folder / "config.json", "checkpoint config"))
     new = _flat(json.loads(to_json(run.config)))
     for name in [*new, *old]:
-        if name not in _FREE and old.get(name, "absent") != new.get(name, "absent"):
+        if not name.startswith(_FREE) and old.get(name, "absent") != new.get(name, "absent"):
             raise CheckpointError(
                 f"the run to resume has {name} = {old.get(name, 'absent')}, now it is "
                 f"{new.get(name, 'absent')}; give the old setting, or another --out for a new run"
@@ -255,7 +295,7 @@ def _check_same_run(
             "the run to resume was trained on another store, or this one was packed anew; give "
             "the old store, or another --out for a new run"
         )
-    before, now = state.get("environment", {}), _environment(run)
+    before, now = state.get("environment", {}), environment(run)
     changed = [f"{k} {before.get(k)} -> {v}" for k, v in now.items() if before.get(k) != v]
     if changed:
         notify(f"resuming, but not bit for bit: {', '.join(changed)}")

@@ -24,8 +24,12 @@ from tapct_fast.io.store import Store
 from tapct_fast.ssl.method import DinoMethod
 from tapct_fast.ssl.param_groups import build_optimizer, param_groups
 from tapct_fast.ssl.schedules import StepValues, step_values
-from tapct_fast.train.checkpoint import Run, has_run, load_latest, save
+from tapct_fast.train.checkpoint import Run, has_run, load_latest, pointed_to
+from tapct_fast.train.checkpoint_writer import CheckpointWriter
+from tapct_fast.train.guard import NotFiniteError, start_guard
+from tapct_fast.train.incident import capture
 from tapct_fast.train.log import RunLog, notify
+from tapct_fast.train.memory import memory_errors
 from tapct_fast.train.signals import StopSignals
 from tapct_fast.train.step import StepMetrics, train_step
 from tapct_kernels.attention import choose_backend as choose_attention
@@ -83,7 +87,7 @@ def train(
         notify(f"passed over and listed in quarantine.jsonl: {reason}")
 
     pipeline = ViewPipeline(store, config, device=target, on_damage=on_damage)
-    run = _build(config, store.fingerprint, target, dtype, pipeline.renderer)
+    run = build_run(config, store.fingerprint, target, dtype, pipeline.renderer)
     step = load_latest(run, out_dir, notify=notify)
     if progress:
         where = f"resuming after step {step}" if step else "starting"
@@ -93,8 +97,12 @@ def train(
         write_atomic(out_dir / "config.json", (to_json(config) + "\n").encode())
     except OSError as error:
         raise InputError(f"--out cannot be written: {error.strerror}") from None
-    with RunLog(out_dir, step=step, num_steps=config.train.num_steps, progress=progress) as log:
-        folder = _run_steps(run, pipeline, log, out_dir, step, dtype)
+    with (
+        RunLog(out_dir, step=step, num_steps=config.train.num_steps, progress=progress) as log,
+        memory_errors(out_dir, config.train),
+        CheckpointWriter(out_dir, keep=config.train.keep_checkpoints) as writer,
+    ):
+        folder = _run_steps(run, store, pipeline, log, writer, out_dir, step, dtype)
     return TrainResult(
         checkpoint=folder,
         num_steps=config.train.num_steps,
@@ -151,20 +159,29 @@ def init_method(config: Config) -> DinoMethod:
     return DinoMethod(config.vit, config.heads, config.losses, hu=config.hu, seed=seed)
 
 
-def _build(
+def build_run(
     config: Config, fingerprint: str, device: torch.device, dtype: torch.dtype, renderer: str
 ) -> Run:
+    """Return a run as it starts; see ``ViewPipeline`` for the renderer."""
     method = init_method(config).to(device)
     groups = param_groups(method.student, depth=config.vit.depth, config=config.optim)
     optimizer = build_optimizer(groups, config.optim)
     attention = choose_attention(device.type, dtype, config.vit.head_dim, needs_grad=True)
     number = str(dtype).removeprefix("torch.")
     backend = f"{device.type} {number}, attention {attention}, views {renderer}"
-    return Run(method, optimizer, config, fingerprint, backend)
+    guard = start_guard(len(list(method.student.children())), device)
+    return Run(method, optimizer, config, fingerprint, backend, guard)
 
 
 def _run_steps(
-    run: Run, pipeline: ViewPipeline, log: RunLog, out_dir: Path, first: int, dtype: torch.dtype
+    run: Run,
+    store: Store,
+    pipeline: ViewPipeline,
+    log: RunLog,
+    writer: CheckpointWriter,
+    out_dir: Path,
+    first: int,
+    dtype: torch.dtype,
 ) -> Path:
     """Do the steps from ``first`` to the end and return the last checkpoint."""
     config, settings = run.config, run.config.train
@@ -189,7 +206,20 @@ def _run_steps(
                     clip_norm=config.optim.clip_norm,
                     dtype=dtype,
                 )
-            except TrainError as error:
+            except NotFiniteError as error:
+                writer.wait()
+                capture(
+                    out_dir,
+                    run,
+                    store,
+                    kind="stop",
+                    step=step + 1,
+                    refused=error,
+                    checkpoint=pointed_to(out_dir),
+                    drop_path_seeds=[
+                        drop_seed(config, step, m) for m in range(settings.accumulate)
+                    ],
+                )
                 raise TrainError(f"step {step + 1}: {error}") from None
             done = step + 1
             if done % settings.log_every == 0 or done == settings.num_steps:
@@ -203,8 +233,10 @@ def _run_steps(
             is_last = done == settings.num_steps
             if done % settings.checkpoint_every == 0 or is_last or stop.received:
                 log.sync()
-                folder = save(run, out_dir, done)
+                folder = writer.submit(run, done)
+            writer.poll()
             if stop.received and not is_last:
+                writer.wait()
                 raise StoppedError(
                     f"stopped by {stop.received} behind the checkpoint of step {done}; the same "
                     "command goes on"
@@ -218,8 +250,12 @@ def _micro_batches(
     """Yield the micro-batches of one step with their drop-path seeds; note the waiting times."""
     for micro, (batch, seconds) in enumerate(islice(stream, config.train.accumulate)):
         waits.append(seconds)
-        rng = generator(config.train.seed, Stream.DROP_PATH, step, micro)
-        yield batch, int(rng.integers(_SEEDS))
+        yield batch, drop_seed(config, step, micro)
+
+
+def drop_seed(config: Config, step: int, micro: int) -> int:
+    """Return the seed of drop path in one micro-batch."""
+    return int(generator(config.train.seed, Stream.DROP_PATH, step, micro).integers(_SEEDS))
 
 
 def _row(

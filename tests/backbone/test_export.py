@@ -16,7 +16,9 @@ from tapct_fast.errors import CheckpointError, InputError
 from tapct_fast.recipes import debug
 from tapct_fast.ssl.method import DinoMethod
 from tapct_fast.ssl.param_groups import build_optimizer, param_groups
-from tapct_fast.train.checkpoint import Run, save
+from tapct_fast.train.checkpoint import Run
+from tapct_fast.train.checkpoint_writer import save
+from tapct_fast.train.guard import start_guard
 
 HEAD = HeadConfig(num_prototypes=8, bottleneck_dim=8, hidden_dim=16)
 
@@ -35,7 +37,8 @@ def make_run(seed: int) -> Run:
         for parameter in method.teacher.parameters():
             parameter.add_(0.25)
     groups = param_groups(method.student, depth=config.vit.depth, config=config.optim)
-    return Run(method, build_optimizer(groups, config.optim), config, "store", "cpu fp32")
+    optimizer, guard = build_optimizer(groups, config.optim), start_guard(2, "cpu")
+    return Run(method, optimizer, config, "store", "cpu fp32", guard)
 
 
 @pytest.fixture
@@ -108,7 +111,7 @@ def test_a_flipped_bit_takes_the_checkpoint_before_and_says_so(
 
 
 def test_no_intact_checkpoint_is_an_error(run_dir: Path, tmp_path: Path) -> None:
-    for step in (run_dir / "checkpoints").iterdir():
+    for step in (run_dir / "checkpoints").glob("step-*"):
         (step / "teacher.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"no checkpoint is intact.*teacher\.safetensors"):
         export_backbone(run_dir, tmp_path / "out")
@@ -122,7 +125,7 @@ def test_a_folder_without_checkpoints_is_an_error(tmp_path: Path) -> None:
 def test_a_checkpoint_of_another_version_is_refused(run_dir: Path, tmp_path: Path) -> None:
     shutil.rmtree(run_dir / "checkpoints" / "step-00000001")
     path = run_dir / "checkpoints" / "step-00000002" / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 2}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 3}))
     with pytest.raises(CheckpointError, match="another version"):
         export_backbone(run_dir, tmp_path / "out")
 

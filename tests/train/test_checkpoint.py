@@ -10,13 +10,12 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from torch import Tensor
+from stepped_runs import assert_equal, build, build_stepped, tensors, with_centers
 
 from tapct_fast.config import Config
 from tapct_fast.errors import CheckpointError, TrainError
-from tapct_fast.ssl.method import DinoMethod
-from tapct_fast.ssl.param_groups import build_optimizer, param_groups
-from tapct_fast.train.checkpoint import Run, load_latest, save, verify
+from tapct_fast.train.checkpoint import load_latest, pointed_to, verify
+from tapct_fast.train.checkpoint_writer import save
 
 FILES = {
     "student.safetensors",
@@ -28,40 +27,9 @@ FILES = {
 }
 
 
-def build(config: Config, seed: int = 0, store: str = "abc") -> Run:
-    method = DinoMethod(config.vit, config.heads, config.losses, hu=config.hu, seed=seed)
-    groups = param_groups(method.student, depth=config.vit.depth, config=config.optim)
-    return Run(method, build_optimizer(groups, config.optim), config, store, "cpu float32")
-
-
-def build_stepped(config: Config, seed: int = 0) -> Run:
-    run = build(config, seed)
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in run.method.student.named_parameters():
-        if name != "backbone.mask_token":  # never masked: no gradient, no optimizer state
-            parameter.grad = torch.randn(parameter.shape, generator=generator)
-    run.optimizer.step()
-    for center in (m for m in run.method.children() if hasattr(m, "center_P")):
-        center.center_P.normal_(generator=generator)
-    return run
-
-
-def tensors(run: Run) -> dict[str, Tensor]:
-    names = {p: n for n, p in run.method.student.named_parameters()}
-    state = {f"{names[p]}.{k}": t for p, s in run.optimizer.state.items() for k, t in s.items()}
-    return {k: t.detach().clone() for k, t in (run.method.state_dict() | state).items()}
-
-
-def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[name], other[name]) for name in one)
-
-
 @pytest.fixture
 def config(tiny_config: Config) -> Config:
-    return dataclasses.replace(
-        tiny_config, losses=dataclasses.replace(tiny_config.losses, centering="softmax")
-    )
+    return with_centers(tiny_config)
 
 
 def test_weights_optimizer_and_centers_come_back_bit_for_bit(
@@ -108,7 +76,7 @@ def test_the_oldest_checkpoints_are_removed(config: Config, tmp_path: Path) -> N
     for step in range(1, 6):
         save(run, tmp_path, step)
     left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
-    assert left == [f"step-{step:08d}" for step in (3, 4, 5)]
+    assert left == ["latest.json", *(f"step-{step:08d}" for step in (3, 4, 5))]
 
 
 def test_every_flipped_bit_is_found(config: Config, tmp_path: Path) -> None:
@@ -190,7 +158,8 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(
     assert "step-00000002 is damaged" in lines[0]
     assert reason in lines[0]
     names = {path.name for path in (tmp_path / "checkpoints").iterdir()}
-    assert names == {"step-00000001", "step-00000002.damaged"}
+    assert names == {"latest.json", "step-00000001", "step-00000002.damaged"}
+    assert pointed_to(tmp_path) == "step-00000001"
 
 
 def test_without_an_intact_checkpoint_a_run_does_not_silently_start_again(
@@ -243,8 +212,8 @@ def test_a_checkpoint_of_a_later_release_is_refused_and_left_alone(
 ) -> None:
     save(build(config), tmp_path, 1)
     manifest = save(build(config), tmp_path, 2) / "manifest.json"
-    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"version": 2}))
-    with pytest.raises(CheckpointError, match="checkpoint version 2; this tapct_fast reads 1"):
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"version": 3}))
+    with pytest.raises(CheckpointError, match="checkpoint version 3; this tapct_fast reads 2"):
         load_latest(build(config), tmp_path, notify=pytest.fail)
     assert manifest.exists()
 
@@ -256,13 +225,15 @@ def test_a_state_that_is_not_finite_is_never_written(config: Config, tmp_path: P
     run.optimizer.state[weight]["exp_avg_sq"][0] = torch.inf
     with pytest.raises(TrainError, match=r"optimizer backbone.norm.weight.exp_avg_sq"):
         save(run, tmp_path, 2)
-    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
+    names = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert names == {"latest.json", "step-00000001"}
 
 
 def test_a_folder_that_cannot_be_written_is_one_clear_error(config: Config, tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("a file in the way")
-    with pytest.raises(CheckpointError, match=r"step 1 cannot be written: .*same command again"):
+    with pytest.raises(CheckpointError, match=r"step 1 cannot be written: .*same command") as error:
         save(build(config), tmp_path, 1)
+    assert error.value.exit_code == 74
 
 
 def test_leftovers_of_a_killed_save_are_removed(config: Config, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import math
 import multiprocessing
 import os
+import random
 import re
 import shutil
 import signal
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from stepped_runs import run_in_server, train_until_killed
 
 from tapct_fast.config import Config, from_json
 from tapct_fast.data.pipeline import ViewBatch, ViewPipeline
@@ -30,6 +32,7 @@ from tapct_fast.errors import (
     TrainError,
 )
 from tapct_fast.io.store import Store
+from tapct_fast.train.checkpoint import folders, pointed_to, verify
 from tapct_fast.train.loop import choose_backend, train, uniform_loss
 
 Loaded = Sequence[tuple[Sample, NDArray[np.int16]]]
@@ -77,7 +80,7 @@ def test_a_run_writes_its_config_its_metrics_and_its_checkpoints(
     assert [row["step"] for row in log] == [1, 2, 3, 4, 5, 6]
     assert all(math.isfinite(value) for row in log for value in row.values())
     names = sorted(path.name for path in (finished / "checkpoints").iterdir())
-    assert names == ["step-00000003", "step-00000006"]
+    assert names == ["latest.json", "step-00000003", "step-00000006"]
     again = train(tiny_config, tiny_store, finished)  # a finished run has nothing to do
     assert again.checkpoint == finished / "checkpoints" / "step-00000006"
     assert again.final_loss == log[-1]["loss"]
@@ -103,35 +106,39 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(
     assert hashes(tmp_path) == hashes(finished)
 
 
-def test_runs_killed_at_any_time_repeat_the_uninterrupted_one_bit_for_bit(
+def test_twenty_kills_at_random_times_leave_a_run_that_repeats_the_uninterrupted_one_bit_for_bit(
     tiny_config: Config, tiny_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = dataclasses.replace(tiny_config.train, checkpoint_every=2, keep_checkpoints=2)
+    settings = dataclasses.replace(tiny_config.train, checkpoint_every=1, keep_checkpoints=2)
     config = dataclasses.replace(tiny_config, train=settings)
-    train(config, tiny_store, tmp_path / "whole")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as this process: threads change the bits of sums
     # A server imports torch once and forks each victim from a process without threads.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["tapct_fast.train.loop", "torch.utils.tensorboard", "torch._dynamo"]
-    )
-    out, metrics = tmp_path / "killed", tmp_path / "killed" / "metrics.jsonl"
-    exit_codes = []
-    for num_rows in (1, 2, 3, 4, 5, 6):  # after 2, 4 and 6 rows a checkpoint is being written
-        victim = context.Process(target=train, args=(config, tiny_store, out))
-        victim.start()
-        deadline = time.monotonic() + 60
-        while victim.is_alive() and time.monotonic() < deadline:
-            if metrics.exists() and metrics.read_bytes().count(b"\n") >= num_rows:
-                break
-            time.sleep(0.001)
-        victim.kill()
-        victim.join()
-        exit_codes.append(victim.exitcode)
-    assert exit_codes[:4] == [-9] * 4
+    context.set_forkserver_preload(["stepped_runs", "torch.utils.tensorboard", "torch._dynamo"])
+    whole = tmp_path / "whole"
+    for name in ("warm", "whole"):  # the first victim also waits for the server
+        start = time.monotonic()
+        assert run_in_server(context, train_until_killed, config, tiny_store, tmp_path / name) == 0
+        seconds = time.monotonic() - start
+    draw = random.Random(7)
+    num_kills, chain = 0, 0
+    while num_kills < 20:
+        out = tmp_path / f"killed-{chain}"
+        after = draw.uniform(0, seconds)
+        code = run_in_server(context, train_until_killed, config, tiny_store, out, after)
+        assert code in (0, -signal.SIGKILL)
+        num_kills += code != 0
+        for folder in folders(out):
+            verify(folder)
+        assert not pointed_to(out) or (out / "checkpoints" / pointed_to(out)).is_dir()
+        if code == 0:  # this one came through; the next victim starts again
+            assert rows(out) == rows(whole)
+            assert hashes(out) == hashes(whole)
+            chain += 1
+    out = tmp_path / f"killed-{chain}"
     train(config, tiny_store, out)
-    assert rows(out) == rows(tmp_path / "whole")
-    assert hashes(out) == hashes(tmp_path / "whole")
+    assert rows(out) == rows(whole)
+    assert hashes(out) == hashes(whole)
 
 
 @pytest.mark.parametrize("which", [signal.SIGTERM, signal.SIGUSR1])

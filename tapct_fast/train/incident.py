@@ -1,0 +1,155 @@
+"""What is kept of a step that was refused: all that its replay needs, and not one voxel.
+
+``DIR/incidents.jsonl`` has one short row per incident; ``DIR/incidents/step-00000105.json`` has the
+rest: samples and cases (keyed ids), seeds, numbers, environment and the checkpoint to start from.
+A resumed run meets the same incidents again; they are written once.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from tapct_fast.data.samples import Samples
+from tapct_fast.errors import CheckpointWriteError
+from tapct_fast.io.atomic import read_json, write_atomic, write_json
+from tapct_fast.io.store import Store
+from tapct_fast.train.checkpoint import Run, environment
+from tapct_fast.train.guard import NotFiniteError
+
+INCIDENTS = "incidents.jsonl"
+Kind = Literal["skip", "roll back", "stop"]
+_ROW = ("kind", "step", "passed_over", "cause", "checkpoint")
+
+
+class Incident(NamedTuple):
+    """One step that did not update, or what followed from it."""
+
+    kind: Kind
+    step: int  # counted from 1, as in metrics.jsonl
+    passed_over: int  # steps' worth of data left out before it; its data is that of the sum
+    cause: str
+    checkpoint: str  # folder that the step can be replayed from; empty: from the start
+    samples: list[int]  # numbers of its samples over the run, in order
+    cases: list[str]  # of these, keyed ids of the store; damage is passed over after the draw
+    seed: int  # of the run
+    drop_path_seeds: list[int]
+    losses: Mapping[str, float]
+    grad_norms: Mapping[str, float]
+    environment: Mapping[str, Any]
+
+
+def capture(
+    directory: Path,
+    run: Run,
+    store: Store,
+    *,
+    kind: Kind,
+    step: int,
+    refused: NotFiniteError,
+    checkpoint: str,
+    drop_path_seeds: list[int],
+) -> None:
+    """Describe a refused step and record it.
+
+    Args:
+        directory: The run's folder.
+        run: Its guard says how much data was passed over before the step.
+        store: What the run reads.
+        kind: What became of the step.
+        step: Counted from 1.
+        refused: Cause and numbers.
+        checkpoint: Newest folder before the step.
+        drop_path_seeds: Of its micro-batches.
+
+    Raises:
+        CheckpointWriteError: The disk is full or cannot be written.
+    """
+    config, passed_over = run.config, int(run.guard.passed_over)
+    size = config.train.batch_size
+    first = (step - 1 + passed_over) * size
+    samples = Samples(store, config)
+    incident = Incident(
+        kind=kind,
+        step=step,
+        passed_over=passed_over,
+        cause=str(refused),
+        checkpoint=checkpoint,
+        samples=list(range(first, first + size)),
+        cases=[samples.draw(index).record.case for index in range(first, first + size)],
+        seed=config.train.seed,
+        drop_path_seeds=drop_path_seeds,
+        losses=refused.losses,
+        grad_norms=refused.grad_norms,
+        environment=environment(run),
+    )
+    try:
+        record(directory, incident)
+    except OSError as error:
+        raise CheckpointWriteError(
+            f"step {step} was refused and cannot be recorded: {error.strerror}. {refused}"
+        ) from None
+
+
+def record(directory: Path, incident: Incident) -> None:
+    """Append the incident to the run's list and write its file.
+
+    Raises:
+        OSError: The disk is full or cannot be written.
+    """
+    content = _spell(incident._asdict())
+    folder = directory / "incidents"
+    folder.mkdir(exist_ok=True)
+    write_json(incident_file(directory, incident.step, incident.passed_over), content)
+    row = json.dumps({key: content[key] for key in _ROW})
+    rows = _rows(directory)
+    if row not in rows:
+        text = "".join(line + "\n" for line in [*rows, row])
+        write_atomic(directory / INCIDENTS, text.encode())
+
+
+def read_incident(directory: Path, step: int) -> dict[str, Any] | None:
+    """Return the last incident of a step with its numbers as floats; None without one."""
+    files = (directory / "incidents").glob(f"step-{step:08d}*.json")
+    contents = [read_json(file, "incident") for file in files]
+    if not contents:
+        return None
+    content = max(contents, key=lambda content: int(content["passed_over"]))
+    for group in ("losses", "grad_norms"):
+        content[group] = {name: float(value) for name, value in content[group].items()}
+    return dict(content)
+
+
+def replayed_from(directory: Path) -> str:
+    """Return the checkpoint that the run's last incident is replayed from; empty without one."""
+    rows = _rows(directory)
+    try:
+        return str(json.loads(rows[-1])["checkpoint"]) if rows else ""
+    except (ValueError, KeyError, TypeError):
+        return ""
+
+
+def incident_file(directory: Path, step: int, passed_over: int) -> Path:
+    """Return the file of an incident; behind a roll-back a step number can come a second time."""
+    again = f"-passed-{passed_over}" if passed_over else ""
+    return directory / "incidents" / f"step-{step:08d}{again}.json"
+
+
+def _rows(directory: Path) -> list[str]:
+    try:
+        return (directory / INCIDENTS).read_text().splitlines()
+    except FileNotFoundError:
+        return []
+
+
+def _spell(content: dict[str, Any]) -> dict[str, Any]:
+    """Return numbers that JSON lacks as text, which ``float`` reads again."""
+    return {
+        key: _spell(dict(value))
+        if isinstance(value, Mapping)
+        else str(value)
+        if isinstance(value, float) and not math.isfinite(value)
+        else value
+        for key, value in content.items()
+    }

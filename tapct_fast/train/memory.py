@@ -1,0 +1,65 @@
+"""Out of memory in a step, told in one line with a way out instead of a trace."""
+
+import re
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from tapct_fast.config import TrainConfig
+from tapct_fast.errors import StoppedError, TrainError
+from tapct_fast.train.checkpoint import folders, step_of
+
+# Of torch's allocators on CUDA and on the CPU, of the C++ library, and of numpy.
+_SIGNS = re.compile(r"out of memory|can't allocate memory|not enough memory|bad_alloc|bad alloc")
+_ASKED = re.compile(r"allocate ([0-9.]+ ?(?:[KMGT]i?B|bytes))")
+
+
+@contextmanager
+def memory_errors(directory: Path, config: TrainConfig) -> Iterator[None]:
+    """Turn an allocation that fails inside into one line with peak, request and suggestion.
+
+    Args:
+        directory: The run's folder.
+        config: The settings that decide how much a step takes.
+
+    Raises:
+        StoppedError: There is a checkpoint; memory may be free another time.
+        TrainError: There is none: the run never fitted.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        if not isinstance(error, MemoryError) and not _SIGNS.search(str(error)):
+            raise
+        line = _explain(str(error), config)
+    else:
+        return
+    done = folders(directory)
+    if done:
+        raise StoppedError(
+            f"{line}. The checkpoint of step {step_of(done[-1])} is intact; the same command goes "
+            "on if the memory was taken by others"
+        )
+    raise TrainError(line)
+
+
+def _explain(message: str, config: TrainConfig) -> str:
+    asked = _ASKED.search(message)
+    where, peak = "the host", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if "CUDA" in message:
+        where, peak = "the GPU", torch.cuda.max_memory_allocated()
+    wanted = f", when {asked[1]} more were asked for" if asked else ""
+    return f"out of memory on {where}: the peak was {peak / 1e9:.2f} GB{wanted}. {_way_out(config)}"
+
+
+def _way_out(config: TrainConfig) -> str:
+    micro = config.batch_size // config.accumulate
+    if micro % 2 == 0:
+        return (
+            f"Micro-batches have {micro} samples: start a run with train.accumulate="
+            f"{2 * config.accumulate}, or a smaller train.batch_size"
+        )
+    return f"Micro-batches have {micro} samples: start a run with smaller views or a smaller model"

@@ -1,0 +1,253 @@
+"""A refused step is kept so that it can be done again: what is written, and what replay finds."""
+
+import dataclasses
+import json
+import math
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from stepped_runs import build_stepped
+
+from tapct_fast.cli import main
+from tapct_fast.config import Config
+from tapct_fast.data.pipeline import ViewBatch, ViewPipeline
+from tapct_fast.data.samples import Sample, Samples
+from tapct_fast.errors import InputError, TrainError
+from tapct_fast.io.store import Store
+from tapct_fast.ssl.method import DinoMethod
+from tapct_fast.train.checkpoint import folders, step_of
+from tapct_fast.train.checkpoint_writer import save
+from tapct_fast.train.guard import NotFiniteError
+from tapct_fast.train.incident import (
+    INCIDENTS,
+    capture,
+    incident_file,
+    read_incident,
+    replayed_from,
+)
+from tapct_fast.train.loop import train
+from tapct_fast.train.replay import replay
+
+Loaded = Sequence[tuple[Sample, NDArray[np.int16]]]
+Made = tuple[ViewBatch, torch.cuda.Event | None]
+BAD_STEP = 5  # counted from 1
+
+
+def poison(patch: pytest.MonkeyPatch) -> None:
+    """Let one voxel of one view of the bad step be NaN, whenever it is made."""
+    make = ViewPipeline._batch
+
+    def poisoned(self: ViewPipeline, step: int, micro: int, loaded: Loaded) -> Made:
+        batch, event = make(self, step, micro, loaded)
+        if (step, micro) == (BAD_STEP - 1, 1):
+            batch.global_VBZYX[0, 0, 0, 0, 0] = torch.nan
+        return batch, event
+
+    patch.setattr(ViewPipeline, "_batch", poisoned)
+
+
+@pytest.fixture(scope="module")
+def refused(
+    tiny_config: Config, tiny_store: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A run that met the bad step twice: the second time it was resumed."""
+    out = tmp_path_factory.mktemp("refused")
+    for _ in range(2):
+        with pytest.MonkeyPatch.context() as patch:
+            poison(patch)
+            with pytest.raises(TrainError, match="step 5: not finite"):
+                train(tiny_config, tiny_store, out)
+    return out
+
+
+def test_a_refused_step_is_written_once_with_all_that_its_replay_needs_and_no_voxel(
+    refused: Path, tiny_config: Config, tiny_store: Path
+) -> None:
+    (row,) = map(json.loads, (refused / INCIDENTS).read_text().splitlines())
+    assert row["kind"] == "stop"
+    assert row["step"] == BAD_STEP
+    assert row["checkpoint"] == "step-00000003"
+    assert "the views hold NaN" in row["cause"]
+    path = refused / "incidents" / "step-00000005.json"
+    content = json.loads(path.read_text())
+    first = (BAD_STEP - 1) * tiny_config.train.batch_size
+    assert content["samples"] == [first, first + 1, first + 2, first + 3]
+    samples = Samples(Store.open(tiny_store), tiny_config)
+    assert content["cases"] == [samples.draw(i).record.case for i in content["samples"]]
+    assert content["seed"] == tiny_config.train.seed
+    assert len(content["drop_path_seeds"]) == tiny_config.train.accumulate
+    assert content["losses"]["total"] == "nan"  # JSON has no NaN
+    assert set(content["grad_norms"]) == {"backbone", "dino_head", "ibot_head"}
+    assert content["environment"]["torch"] == torch.__version__
+    assert path.stat().st_size < 4000
+    assert {p.name for p in (refused / "incidents").iterdir()} == {path.name}
+    found = read_incident(refused, BAD_STEP)
+    assert found is not None
+    assert math.isnan(found["losses"]["total"])
+    assert read_incident(refused, 4) is None
+
+
+def test_a_step_from_the_metrics_is_replayed_bit_for_bit(
+    refused: Path, tiny_store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {p: p.stat().st_mtime_ns for p in refused.rglob("*")}
+    for step in (2, 4):  # from the start, and from the checkpoint of step 3
+        words = ["replay", str(refused), str(tiny_store), "--step", str(step), "--device", "cpu"]
+        assert main(words) == 0
+        printed = capsys.readouterr().out
+        assert "recorded and replayed numbers are equal, bit for bit" in printed
+        assert "first module not finite: none" in printed
+        assert "the step is sound now" in printed
+    assert {p: p.stat().st_mtime_ns for p in refused.rglob("*")} == before
+
+
+def test_replay_without_the_fault_says_that_the_step_is_sound(
+    refused: Path, tiny_store: Path
+) -> None:
+    found = replay(refused, tiny_store, BAD_STEP, device="cpu", notify=pytest.fail)
+    assert found.start == 3
+    assert found.cause == found.first_module == found.first_gradient == ""
+    assert all(math.isfinite(value) for value in found.now.losses.values())
+    assert found.recorded is not None
+    assert math.isnan(found.recorded.losses["total"])
+
+
+def test_replay_with_the_fault_names_the_first_module_and_what_came_in(
+    refused: Path,
+    tiny_store: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    poison(monkeypatch)
+    words = ["replay", str(refused), str(tiny_store), "--step", "5", "--device", "cpu"]
+    assert main(words) == 0
+    printed = capsys.readouterr().out
+    assert "recorded and replayed numbers are equal, bit for bit" in printed
+    assert (
+        "first module not finite: teacher.backbone.patch_embed (what came in was not finite)"
+        in printed
+    )
+    assert "the views hold NaN" in printed
+
+
+@pytest.mark.parametrize(
+    ("name", "calls_per_step", "is_backward"),
+    [("student.backbone.blocks.1.mlp", 4, False), ("student.ibot_head.mlp", 2, True)],
+)
+def test_replay_names_the_module_or_the_parameter_that_breaks(
+    refused: Path,
+    tiny_store: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    calls_per_step: int,
+    is_backward: bool,
+) -> None:
+    build = DinoMethod.__init__
+
+    def break_one(method: DinoMethod, *args: object, **kwargs: object) -> None:
+        build(method, *args, **kwargs)
+        module = method.get_submodule(name)
+        calls: list[int] = []
+
+        def spoil(_module: object, _inputs: object, output: torch.Tensor) -> torch.Tensor:
+            calls.append(1)
+            if len(calls) <= calls_per_step:  # of the step before the one that is replayed
+                return output
+            if is_backward:
+                output.register_hook(lambda grad: grad * torch.inf)
+                return output
+            return output * torch.inf
+
+        module.register_forward_hook(spoil)
+
+    monkeypatch.setattr(DinoMethod, "__init__", break_one)
+    found = replay(refused, tiny_store, BAD_STEP, device="cpu", notify=pytest.fail)
+    assert "not finite" in found.cause
+    if is_backward:
+        assert found.first_module == ""
+        assert found.first_gradient.startswith(name)
+    else:
+        assert found.first_module == name
+
+
+def test_a_step_that_is_not_of_the_run_is_refused(refused: Path, tiny_store: Path) -> None:
+    for step in (0, 7):
+        with pytest.raises(InputError, match=f"--step {step} is not one of 1 to 6"):
+            replay(refused, tiny_store, step, notify=pytest.fail)
+    with pytest.raises(InputError, match=r"no config\.json"):
+        replay(tiny_store, tiny_store, 1, notify=pytest.fail)
+
+
+def test_the_checkpoint_of_the_last_incident_outlives_the_retention(
+    tiny_config: Config, tiny_store: Path, tmp_path: Path
+) -> None:
+    run, store = build_stepped(tiny_config), Store.open(tiny_store)
+    for step in range(1, 8):
+        save(run, tmp_path, step)
+        if step in (1, 3):
+            capture(
+                tmp_path,
+                run,
+                store,
+                kind="skip",
+                step=step + 1,
+                refused=NotFiniteError("not finite: loss total", {"total": math.inf}, {}),
+                checkpoint=f"step-{step:08d}",
+                drop_path_seeds=[1, 2],
+            )
+    assert replayed_from(tmp_path) == "step-00000003"
+    assert [step_of(folder) for folder in folders(tmp_path)] == [3, 5, 6, 7]
+
+
+def test_the_same_step_number_behind_a_roll_back_is_another_incident(
+    tiny_config: Config, tiny_store: Path, tmp_path: Path
+) -> None:
+    run, store = build_stepped(tiny_config), Store.open(tiny_store)
+    for passed_over in (0, 9, 10):
+        run.guard.passed_over.fill_(passed_over)
+        capture(
+            tmp_path,
+            run,
+            store,
+            kind="skip",
+            step=2,
+            refused=NotFiniteError(f"after {passed_over}", {"total": math.nan}, {}),
+            checkpoint="",
+            drop_path_seeds=[1, 2],
+        )
+    assert incident_file(tmp_path, 2, 10).exists()
+    assert len((tmp_path / INCIDENTS).read_text().splitlines()) == 3
+    last = read_incident(tmp_path, 2)
+    assert last is not None
+    assert last["cause"] == "after 10"
+    assert last["samples"] == [44, 45, 46, 47]  # of the data of step 2 + 10
+
+
+def test_replay_goes_to_the_start_where_no_checkpoint_before_the_step_is_left(
+    refused: Path, tiny_store: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(refused, tmp_path / "run")
+    lines: list[str] = []
+    found = replay(tmp_path / "run", tiny_store, 2, device="cpu", notify=lines.append)
+    assert found.start == 0
+    assert lines == ["no checkpoint before this step is left, so it is replayed from the start"]
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    found = replay(tmp_path / "run", tiny_store, 2, device="cpu", notify=pytest.fail)
+    assert found.recorded is None
+    assert math.isfinite(found.now.losses["total"])
+
+
+def test_a_changed_setting_of_the_guard_does_not_end_a_run(
+    tiny_config: Config, tiny_store: Path, tmp_path: Path
+) -> None:
+    short = dataclasses.replace(tiny_config.train, num_steps=2, checkpoint_every=1)
+    config = dataclasses.replace(tiny_config, train=short)
+    train(config, tiny_store, tmp_path)
+    guard = dataclasses.replace(config.guard, spike_norm=99.0, skip_budget=7)
+    train(dataclasses.replace(config, guard=guard), tiny_store, tmp_path)
