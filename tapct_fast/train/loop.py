@@ -6,8 +6,8 @@ that was killed and started again gives the same losses and weights bit for bit.
 
 import math
 import time
-from collections.abc import Iterator
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -26,6 +26,7 @@ from tapct_fast.ssl.param_groups import build_optimizer, param_groups
 from tapct_fast.ssl.schedules import StepValues, step_values
 from tapct_fast.train.checkpoint import Run, has_run, load_latest, save
 from tapct_fast.train.log import RunLog, notify
+from tapct_fast.train.observer import Observer
 from tapct_fast.train.signals import StopSignals
 from tapct_fast.train.step import StepMetrics, train_step
 from tapct_kernels.attention import choose_backend as choose_attention
@@ -51,6 +52,7 @@ def train(
     resume: Literal["auto", "never"] = "auto",
     device: torch.device | str | None = None,
     progress: bool = False,
+    observers: Sequence[Observer] = (),
 ) -> TrainResult:
     """Train to ``config.train.num_steps``, from the newest checkpoint in ``out_dir`` if any.
 
@@ -62,6 +64,7 @@ def train(
         resume: ``auto`` continues a run in ``out_dir``; ``never`` refuses a folder that holds one.
         device: By default CUDA where there is one, else the CPU.
         progress: Show a progress line on stderr.
+        observers: Told about rows and checkpoints, and closed in this order.
 
     Raises:
         InputError: ``out_dir`` holds a run and ``resume`` is ``never``, there is no such device, or
@@ -93,8 +96,13 @@ def train(
         write_atomic(out_dir / "config.json", (to_json(config) + "\n").encode())
     except OSError as error:
         raise InputError(f"--out cannot be written: {error.strerror}") from None
-    with RunLog(out_dir, step=step, num_steps=config.train.num_steps, progress=progress) as log:
-        folder = _run_steps(run, pipeline, log, out_dir, step, dtype)
+    with (
+        ExitStack() as watched,
+        RunLog(out_dir, step=step, num_steps=config.train.num_steps, progress=progress) as log,
+    ):
+        for observer in reversed(observers):
+            watched.callback(observer.close)
+        folder = _run_steps(run, pipeline, log, out_dir, step, dtype, observers)
     return TrainResult(
         checkpoint=folder,
         num_steps=config.train.num_steps,
@@ -164,7 +172,13 @@ def _build(
 
 
 def _run_steps(
-    run: Run, pipeline: ViewPipeline, log: RunLog, out_dir: Path, first: int, dtype: torch.dtype
+    run: Run,
+    pipeline: ViewPipeline,
+    log: RunLog,
+    out_dir: Path,
+    first: int,
+    dtype: torch.dtype,
+    observers: Sequence[Observer],
 ) -> Path:
     """Do the steps from ``first`` to the end and return the last checkpoint."""
     config, settings = run.config, run.config.train
@@ -196,7 +210,10 @@ def _run_steps(
                 now = time.perf_counter()
                 seconds = now - mark
                 rate = (done - mark_step) * settings.batch_size / seconds
-                log.write(_row(done, metrics, values, rate, sum(waits) / seconds))
+                row = _row(done, metrics, values, rate, sum(waits) / seconds)
+                log.write(row)
+                for observer in observers:
+                    observer.logged(row)
                 mark, mark_step = now, done
                 waits.clear()
             log.advance()
@@ -204,6 +221,8 @@ def _run_steps(
             if done % settings.checkpoint_every == 0 or is_last or stop.received:
                 log.sync()
                 folder = save(run, out_dir, done)
+                for observer in observers:
+                    observer.saved(done, folder)
             if stop.received and not is_last:
                 raise StoppedError(
                     f"stopped by {stop.received} behind the checkpoint of step {done}; the same "
