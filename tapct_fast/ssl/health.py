@@ -94,7 +94,8 @@ def thin(rows_N: Tensor) -> Tensor:
 
 def target_entropy(targets_RP: Tensor) -> Tensor:
     """Return the mean entropy of a row in nats: 0 for one-hot rows, ln P for uniform ones."""
-    return torch.special.entr(targets_RP).sum(1).mean()
+    entropy: Tensor = torch.special.entr(targets_RP).sum(1).mean()
+    return entropy
 
 
 def prototype_usage(targets_RP: Tensor) -> Tensor:
