@@ -3,6 +3,9 @@
 Exit codes: 0 done, 2 a wrong argument or setting, 65 data that cannot be used, 70 training stopped,
 74 a checkpoint that cannot be written, 75 stopped behind a checkpoint and worth another try, 130
 interrupted. Errors are one line on stderr; inputs are named by position, never by path.
+
+130 interrupted; of watch 0 healthy, 1 warnings, 70 a sick run. Errors are one line on stderr;
+inputs are named by position, never by path.
 """
 
 import argparse
@@ -122,9 +125,27 @@ def _overrides(rest: Sequence[str]) -> dict[str, str]:
 def _train(args: argparse.Namespace) -> int:
     config = recipes.override(recipes.recipe(args.recipe), _overrides(args.settings))
     _existing([args.store], "STORE")
-    from tapct_fast.train.loop import train
+    probes = _existing(args.probe, "--probe"), _existing(args.probe_labels, "--probe-labels")
+    from tapct_fast.monitor.dashboard import Dashboard
+    from tapct_fast.monitor.probe import OnlineProbe
+    from tapct_fast.train.loop import choose_backend, train
+    from tapct_fast.train.observer import Observer
 
-    train(config, args.store, args.out, resume=args.resume, device=args.device, progress=True)
+    observers: list[Observer] = [Dashboard(args.out, config)]
+    if any(probes):
+        device, _ = choose_backend(config, args.device)
+        num_steps, seed = config.train.num_steps, config.train.seed
+        probe = OnlineProbe(args.out, *probes, num_steps=num_steps, device=device, seed=seed)
+        observers.insert(0, probe)  # closed first: the page's last writing has its last score
+    train(
+        config,
+        args.store,
+        args.out,
+        resume=args.resume,
+        device=args.device,
+        progress=True,
+        observers=observers,
+    )
     return 0
 
 
@@ -136,6 +157,12 @@ def _replay(args: argparse.Namespace) -> int:
 
     print(render(replay(args.run_dir, args.store, args.step, device=args.device, notify=notify)))
     return 0
+
+
+def _watch(args: argparse.Namespace) -> int:
+    from tapct_fast.monitor.watch import watch
+
+    return watch(args.run_dir, every=args.every, once=args.once, as_json=args.json)
 
 
 def _views(args: argparse.Namespace) -> int:
@@ -248,6 +275,13 @@ def _add_series(verb: _Parser) -> None:
     verb.add_argument(
         "--series", metavar="KEY", help="which series, where DICOM folders hold several: 1, 2, ..."
     )
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
 
 
 def _train_settings() -> str:
@@ -377,6 +411,22 @@ def _parser() -> _Parser:
         help="never: refuse a folder that holds a run",
     )
     train.add_argument("--device", default=None, help="default: cuda where there is one, else cpu")
+    train.add_argument(
+        "--probe",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="SCAN",
+        help="labelled scans on which every checkpoint is scored beside the run: DIR/probe.jsonl",
+    )
+    train.add_argument(
+        "--probe-labels",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="LABELS",
+        help="their label maps, in the order of the scans",
+    )
     train.set_defaults(run=_train)
 
     replay = verbs.add_parser(
@@ -393,6 +443,26 @@ def _parser() -> _Parser:
     )
     replay.add_argument("--device", default=None, help="default: as in train")
     replay.set_defaults(run=_replay)
+
+    watch = verbs.add_parser(
+        "watch",
+        help="say how a run is doing and whether it is healthy",
+        description="Show step, losses beside ln K, health numbers, probe scores and a verdict in "
+        "plain words; on a terminal redrawn until the run has finished, elsewhere printed whenever "
+        "it has moved on. Exit code 0 healthy, 1 warnings, 70 a sick run. DIR/dashboard.html shows "
+        "the same with curves; docs/health.md explains every number.",
+    )
+    watch.add_argument("run_dir", type=Path, metavar="DIR", help="what train was given as --out")
+    watch.add_argument(
+        "--every",
+        type=_positive,
+        default=5.0,
+        metavar="SECONDS",
+        help="between two looks (default: 5)",
+    )
+    watch.add_argument("--once", action="store_true", help="look once")
+    watch.add_argument("--json", action="store_true", help="one line of JSON per change")
+    watch.set_defaults(run=_watch)
 
     views = verbs.add_parser(
         "views",

@@ -6,7 +6,6 @@ compared is one architecture with two sets of weights: as the run started and as
 
 import dataclasses
 import json
-import math
 import os
 import platform
 import shutil
@@ -40,7 +39,8 @@ from tapct_fast.io.pack import pack
 from tapct_fast.io.quarantine import last_refusal
 from tapct_fast.io.read import find_scans, read_labels, read_volume
 from tapct_fast.io.volume import Volume
-from tapct_fast.report import Curve, Figure, Interval, Report, Rgb, Score, write_report
+from tapct_fast.monitor.losses import head_losses
+from tapct_fast.report import Figure, Interval, Report, Rgb, Score, write_report
 from tapct_fast.train.log import METRICS
 from tapct_fast.train.loop import init_method, train
 
@@ -316,7 +316,7 @@ def _describe(
 ) -> Report:
     """Put the run into words and numbers; scans are named by their number only."""
     gain = _gain(found.trained.linear, found.untrained.linear, config.train.seed)
-    curves = _loss_curves(config, rows)
+    curves = [loss.curve() for loss in head_losses(config, rows)]
     kind = "given CT scan" if is_given else "synthetic CT phantom"
     data = f"{num_scans} {kind}{'s' if num_scans > 1 else ''}"
     size = f"{found.num_parameters / 1e6:.1f} M parameters"
@@ -377,22 +377,6 @@ def _describe(
             "Not a medical device; not for diagnosis.",
         ),
     )
-
-
-def _loss_curves(config: Config, rows: list[dict[str, float]]) -> list[Curve]:
-    """Return the DINO and the iBOT loss, the latter per masked token, each with its ln K."""
-    heads, num_views = config.heads, 2 * config.train.batch_size // config.train.accumulate
-    share = int(num_views * config.masks.prob) / num_views  # of the views that are masked
-    step_N = [int(row["step"]) for row in rows]
-    curves = []
-    for title, head, value_N in (
-        ("DINO loss", heads.dino, [row["dino_global"] + row["dino_local"] for row in rows]),
-        ("iBOT loss", heads.ibot or heads.dino, [row["ibot"] / (share or 1.0) for row in rows]),
-    ):
-        num = head.num_prototypes
-        uniform = math.log(num)
-        curves.append(Curve(title, step_N, value_N, uniform, f"uniform: ln {num} = {uniform:.2f}"))
-    return curves
 
 
 def _facts(config: Config) -> list[tuple[str, str]]:

@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 
 from tapct_fast.io.atomic import write_atomic
 
+MAX_POINTS = 800  # of a drawn line: two per pixel column of the picture
+
 Pixels = NDArray[np.uint8]
 Rgb = tuple[int, int, int]
 
@@ -39,13 +41,18 @@ class Figure(NamedTuple):
 
 
 class Curve(NamedTuple):
-    """One loss over the steps; ``uniform`` is its value for a student that knows nothing."""
+    """One number over the steps.
+
+    ``uniform`` is drawn as a dashed line: of a loss, its value for a student that knows nothing; of
+    another number, a value to be told from.
+    """
 
     title: str
     step_N: Sequence[int]
     value_N: Sequence[float]
     uniform: float | None = None
     uniform_text: str = ""
+    remark: str = ""
 
 
 class Interval(NamedTuple):
@@ -115,7 +122,7 @@ def render_report(report: Report) -> str:
             report.figures_text,
             figures_html(report.figures) + legend_html(report.legend),
         ),
-        ("Training", report.curves_text, _curves(report.curves)),
+        ("Training", report.curves_text, curves_html(report.curves)),
         ("Linear probe", report.scores_text, _scores(report.scores)),
         ("Run", "", _stages(report.stages) + facts_list(report.facts)),
         ("What this is not", "", f'<ul class="limits">{limits}</ul>'),
@@ -130,6 +137,7 @@ def render_page(
     sections: Sequence[tuple[str, str, str]],
     *,
     style: str = "",
+    script: str = "",
 ) -> str:
     """Return a page in the house's one look.
 
@@ -140,6 +148,7 @@ def render_page(
         sections: Title and text (plain), and content (HTML) of each; one without content is left
             out.
         style: CSS that follows the house's.
+        script: JavaScript, for a page that must act by itself.
     """
     t = html.escape
     boxes = "".join(
@@ -156,7 +165,8 @@ def render_page(
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{t(title)}</title><style>{_STYLE}{style}</style></head><body><main>"
         f'<header><h1>{t(title)}</h1><p class="lead">{t(lead)}</p>'
-        f'<div class="tiles">{boxes}</div></header>{body}</main></body></html>\n'
+        f'<div class="tiles">{boxes}</div></header>{body}</main>'
+        f"{f'<script>{script}</script>' if script else ''}</body></html>\n"
     )
 
 
@@ -193,14 +203,22 @@ def legend_html(legend: Sequence[tuple[str, Rgb]]) -> str:
     return f'<p class="legend">{items}</p>' if items else ""
 
 
-def _curves(curves: Sequence[Curve]) -> str:
+def curves_html(curves: Sequence[Curve]) -> str:
+    """Return curves as HTML, drawn inside."""
     return '<div class="curves">' + "".join(map(_curve, curves)) + "</div>" if curves else ""
 
 
 def _curve(curve: Curve) -> str:
-    """Draw one loss as SVG: every step thin, a running mean on top, the uniform constant dashed."""
+    """Draw one number as SVG: every step thin, a running mean on top, the level dashed.
+
+    A long run is thinned to as many points as the picture has room for, extremes kept.
+    """
     width, height, left, right, top, bottom = 480, 250, 48, 14, 22, 34
     step_N, value_N = np.asarray(curve.step_N, float), np.asarray(curve.value_N, float)
+    is_number_N = np.isfinite(value_N)
+    step_N, value_N = step_N[is_number_N], value_N[is_number_N]
+    if not value_N.size:
+        return ""
     seen_N = value_N if curve.uniform is None else np.append(value_N, curve.uniform)
     pad = 0.06 * (float(np.ptp(seen_N)) or 1.0)
     low, high = float(seen_N.min()) - pad, float(seen_N.max()) + pad
@@ -213,7 +231,8 @@ def _curve(curve: Curve) -> str:
         return top + (height - top - bottom) * (high - value) / (high - low)
 
     def line(value_N: NDArray[np.float64], kind: str) -> str:
-        pairs = zip(step_N, value_N, strict=True)
+        at_N = _extremes(value_N, MAX_POINTS)
+        pairs = zip(step_N[at_N], value_N[at_N], strict=True)
         points = " ".join(f"{at_x(s):.1f},{at_y(v):.1f}" for s, v in pairs)
         return f'<polyline class="{kind}" points="{points}"/>'
 
@@ -241,10 +260,21 @@ def _curve(curve: Curve) -> str:
             f"{html.escape(curve.uniform_text)}</text>"
         )
     title = html.escape(curve.title)
+    remark = f"<small>{html.escape(curve.remark)}</small>" if curve.remark else ""
     return (
-        f'<figure><figcaption>{title}</figcaption><svg viewBox="0 0 {width} {height}" role="img" '
-        f'aria-label="{title}">{"".join(parts)}</svg></figure>'
+        f"<figure><figcaption>{title}{remark}</figcaption>"
+        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{title}">'
+        f"{''.join(parts)}</svg></figure>"
     )
+
+
+def _extremes(value_N: NDArray[np.float64], most: int) -> NDArray[np.intp]:
+    """Return the places of at most ``most`` values: the lowest and the highest of equal parts."""
+    if value_N.size <= most:
+        return np.arange(value_N.size)
+    parts = np.array_split(np.arange(value_N.size), most // 2)
+    ends = [(p[value_N[p].argmin()], p[value_N[p].argmax()]) for p in parts]
+    return np.unique(np.array(ends))
 
 
 def _ticks(low: float, high: float) -> list[float]:
@@ -349,6 +379,7 @@ i{display:inline-block;width:11px;height:11px;border-radius:2px;margin-right:7px
 i.dot{border-radius:50%}i.trained{background:var(--blue)}i.untrained{background:var(--grey)}
 .curves{display:grid;grid-template-columns:repeat(auto-fit,minmax(380px,1fr));gap:20px}
 .curves figcaption{font-weight:600;color:var(--ink);font-size:14px}
+.curves small{display:block;font-weight:400;color:var(--soft)}
 svg{display:block;width:100%;height:auto}
 svg text{font-size:12px;fill:var(--soft);font-variant-numeric:tabular-nums}
 .grid{stroke:var(--faint)}

@@ -11,13 +11,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as tensor_bytes
 from torch import Tensor
 
 from tapct_fast.backbone.architecture import PREFIX, check_state
-from tapct_fast.backbone.backbone import Backbone
+from tapct_fast.backbone.backbone import Backbone, best_precision
 from tapct_fast.backbone.load import WEIGHTS_FILE
 from tapct_fast.backbone.preprocess import Preprocess
 from tapct_fast.backbone.schema import (
@@ -31,6 +32,7 @@ from tapct_fast.backbone.schema import (
 from tapct_fast.config import Config, VitConfig, from_json
 from tapct_fast.errors import CheckpointError, ConfigError, FormatError, InputError
 from tapct_fast.io.atomic import atomic_folder, read_json
+from tapct_fast.model.vit import Vit
 
 # What train/checkpoint.py writes; this layer does not import it.
 _CHECKPOINT = ("tapct-checkpoint", 2)
@@ -57,15 +59,34 @@ def export_backbone(
         CheckpointError: The checkpoint is damaged.
     """
     named, config = _read_checkpoint(checkpoint_dir, which)
+    return _write(named, config.vit, _preprocess(config), out)
+
+
+def read_teacher(checkpoint_dir: Path, *, device: str | torch.device) -> Backbone:
+    """Return the backbone that ``export_backbone`` would write, without writing it.
+
+    Raises:
+        InputError: There is no checkpoint.
+        CheckpointError: The checkpoint is damaged.
+    """
+    named, config = _read_checkpoint(checkpoint_dir, "teacher")
+    with torch.device("meta"):  # no time, and no random numbers, for initial values
+        vit = Vit(config.vit, config.hu)
+    vit.load_state_dict(check_state(config.vit, named), assign=True)
+    place = torch.device(device)
+    backbone = Backbone(vit, _preprocess(config), precision=best_precision(place))
+    return backbone.to(place).eval()
+
+
+def _preprocess(config: Config) -> Preprocess:
     image_zyx, patch_zyx = config.vit.image_zyx, config.vit.patch_zyx
-    preprocess = Preprocess(
+    return Preprocess(
         resize_yx=image_zyx[1:],
         antialias=True,  # as the training views
         depth_multiple=patch_zyx[0],
         plane_multiple=math.lcm(*patch_zyx[1:]),
         hu=config.hu,
     )
-    return _write(named, config.vit, preprocess, out)
 
 
 def save_backbone(backbone: Backbone, out: Path) -> Path:

@@ -108,8 +108,8 @@ class ViewPipeline:
         loaded = list(map(self._samples.load, self._indices(step, micro)))
         return self._handed_over(*self._batch(step, micro, loaded))
 
-    def stream(self, start_step: int) -> Generator[tuple[ViewBatch, float], None, None]:
-        """Yield every micro-batch from ``start_step`` to the end of the run, prepared ahead.
+    def stream(self, start: int, end: int) -> Generator[tuple[ViewBatch, float], None, None]:
+        """Yield this process's micro-batches of steps ``start`` to ``end - 1``, prepared ahead.
 
         Yields:
             The batch and the seconds its consumer waited for it.
@@ -121,7 +121,7 @@ class ViewPipeline:
         train = self._config.train
         places = (
             (step, micro)
-            for step in range(start_step, train.num_steps)
+            for step in range(start, end)
             for micro in range(train.accumulate)
         )
         pending: deque[Future[tuple[ViewBatch, torch.cuda.Event | None]]] = deque()

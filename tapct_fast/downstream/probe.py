@@ -246,8 +246,8 @@ def _confusions(
     return np.stack(confusions)
 
 
-class FolderProbe(NamedTuple):
-    """Both probes of one features folder; prints as two tables."""
+class ScanProbe(NamedTuple):
+    """Both probes of the same scans; prints as two tables."""
 
     knn: ProbeResult
     linear: ProbeResult
@@ -259,7 +259,7 @@ class FolderProbe(NamedTuple):
 
 def probe_folder(
     features: Path, labels: Sequence[Path], *, folds: int = 4, seed: int = 0
-) -> FolderProbe:
+) -> ScanProbe:
     """Score an output folder of ``embed_scans`` by cross-validation over its scans.
 
     Args:
@@ -278,18 +278,35 @@ def probe_folder(
         raise InputError(f"{len(labels)} label maps for {len(cases)} scans; give one per scan")
     pairs = zip(cases, labels, strict=True)
     kept = [(case, path) for (case, is_quarantined), path in pairs if not is_quarantined]
-    if len(kept) < 2 or folds < 2:
-        raise InputError(f"{folds} folds of {len(kept)} scans: cross-validation needs 2 of each")
-    maps = [read_labels(path) for _, path in kept]
-    values = np.unique(np.concatenate([[0], *(np.unique(m.hu_ZYX) for m in maps)]))
+    scans = [
+        (load_features(features / "cases" / f"{case}.safetensors"), read_labels(path))
+        for case, path in kept
+    ]
+    return probe_scans(scans, folds=folds, seed=seed)
+
+
+def probe_scans(scans: Sequence[Scan], *, folds: int = 4, seed: int = 0) -> ScanProbe:
+    """Score features by cross-validation over their scans.
+
+    Args:
+        scans: Features with label maps of any values, 0 being background.
+        folds: At most; with fewer scans, each is left out once.
+        seed: Draws folds, training tokens and the bootstrap.
+
+    Raises:
+        InputError: There are fewer than two scans or folds, or no labels but 0.
+    """
+    if len(scans) < 2 or folds < 2:
+        raise InputError(f"{folds} folds of {len(scans)} scans: cross-validation needs 2 of each")
+    values = np.unique(np.concatenate([[0], *(np.unique(labels.hu_ZYX) for _, labels in scans)]))
     if len(values) < 2:
         raise InputError("the label maps hold background (0) only")
     scans = [
         (
-            load_features(features / "cases" / f"{case}.safetensors"),
+            features,
             Volume(np.searchsorted(values, m.hu_ZYX).astype(np.int16), m.spacing_mm, m.affine),
         )
-        for (case, _), m in zip(kept, maps, strict=True)
+        for features, m in scans
     ]
     names = tuple(str(value) for value in values)
     folds = min(folds, len(scans))
@@ -307,7 +324,7 @@ def probe_folder(
             )
         return summarise(name, names, confusions_SKK, seed=seed)
 
-    return FolderProbe(
+    return ScanProbe(
         cross_validate("kNN", _fit_knn, KNN_TOKENS),
         cross_validate("linear head", _fit_linear, LINEAR_TOKENS),
         folds,

@@ -8,11 +8,12 @@ Source: drop path on a subset, DINOv2, arXiv:2304.07193 section 5; LayerScale, a
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from tapct_fast.config import VitConfig
 from tapct_fast.model.attention import Attention
@@ -112,7 +113,13 @@ def _product_dtype(x_BTD: Tensor) -> torch.dtype:
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each ``x + gamma * branch(norm(x))``."""
+    """Attention and feed-forward, each ``x + gamma * branch(norm(x))``.
+
+    ``checkpointing`` says what the backward computes again: nothing; all but matrix products and
+    attention; or the whole block.
+    """
+
+    checkpointing: Literal["none", "selective", "full"] = "none"
 
     def __init__(self, config: VitConfig) -> None:
         super().__init__()
@@ -141,6 +148,21 @@ class Block(nn.Module):
                 block's attention; None is all. A branch never sees the others and costs less.
             next_norm: The next block's ``norm1``, or None behind the last block.
         """
+        if self.checkpointing == "none" or not torch.is_grad_enabled():
+            return self._forward(x_BTD, normed_KTD, rows, next_norm)
+        context = {} if self.checkpointing == "full" else {"context_fn": _keep_products}
+        stream: Stream = checkpoint(
+            *(self._forward, x_BTD, normed_KTD, rows, next_norm), use_reentrant=False, **context
+        )
+        return stream
+
+    def _forward(
+        self,
+        x_BTD: Tensor,
+        normed_KTD: Tensor,
+        rows: Sequence[Tensor | None],
+        next_norm: nn.LayerNorm | None,
+    ) -> Stream:
         attn_K, mlp_J, next_rows = rows
         branch_KTD = self.attn(normed_KTD)
         x_BTD, normed_JTD = add_branch(
@@ -177,6 +199,20 @@ class Block(nn.Module):
         return add_branch(
             rows_1QD, branch_1QD, self.ls2, final_norm, dtype=rows_QD.dtype
         ).normed_KTD[0]
+
+
+def _keep_products() -> tuple[Any, Any]:
+    """Return the contexts of a checkpoint that stores what products and attention gave."""
+    aten = torch.ops.aten
+    kept = [
+        *(aten.mm.default, aten.addmm.default),
+        *(aten._scaled_dot_product_flash_attention.default,),
+        *(aten._scaled_dot_product_flash_attention_for_cpu.default,),
+        *(aten._scaled_dot_product_cudnn_attention.default,),
+        *(aten._scaled_dot_product_efficient_attention.default,),
+        torch.ops.tapct.flash_attn.default,
+    ]
+    return create_selective_checkpoint_contexts(kept)
 
 
 def _scaled(branch_QD: Tensor, factors_Q1: Tensor | None) -> Tensor:

@@ -121,6 +121,11 @@ class Networks(nn.Module):
         )
         return self._project(cls_ND, torch.cat([cls_ND, local_ND]), masked_MD)
 
+    def encode_patches(self, views_NCZYX: Tensor) -> Tensor:
+        """Return the normed patch tokens patches_NLD of some views."""
+        patches_NLD: Tensor = self.backbone(views_NCZYX).patches_BLD
+        return patches_NLD
+
     def _project(self, cls_ND: Tensor, all_cls_ND: Tensor, masked_MD: Tensor) -> Encoded:
         dino: Projection = self.dino_head(all_cls_ND)
         if not masked_MD.shape[0]:  # a constant of the run

@@ -1,13 +1,14 @@
 """A whole run, from a store to checkpoints: build or resume, then step by step.
 
-A run is a pure function of config, store and backend: every draw is keyed by (seed, step), so a run
-that was killed and started again gives the same losses and weights bit for bit.
+A run is a pure function of config, store and backend: every draw is keyed by (seed, step, group), so a
+run that was killed and started again gives the same losses and weights bit for bit.
 """
 
+import faulthandler
 import math
 import time
-from collections.abc import Iterator
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -17,24 +18,46 @@ import torch
 from tapct_fast.config import Config, to_json
 from tapct_fast.data.pipeline import ViewBatch, ViewPipeline
 from tapct_fast.data.rng import Stream, generator
-from tapct_fast.errors import InputError, StoppedError, TrainError
+from tapct_fast.errors import InputError, StoppedError
 from tapct_fast.io.atomic import write_atomic
 from tapct_fast.io.quarantine import Refusal, write_quarantine
 from tapct_fast.io.store import Store
-from tapct_fast.ssl.method import DinoMethod
+from tapct_fast.model.block import draw_kept_rows
+from tapct_fast.ssl.health import Evidence, measure
+from tapct_fast.ssl.method import DinoMethod, Kept
 from tapct_fast.ssl.param_groups import build_optimizer, param_groups
 from tapct_fast.ssl.schedules import StepValues, step_values
-from tapct_fast.train.checkpoint import Run, has_run, load_latest, pointed_to
+from tapct_fast.train.checkpoint import (
+    STATE,
+    Run,
+    has_run,
+    load,
+    load_latest,
+    newest_intact,
+    pointed_to,
+    tensors_of,
+)
 from tapct_fast.train.checkpoint_writer import CheckpointWriter
-from tapct_fast.train.guard import NotFiniteError, start_guard
+from tapct_fast.train.guard import NotFiniteError, Verdict, explain, start_guard
 from tapct_fast.train.incident import capture
 from tapct_fast.train.log import RunLog, notify
 from tapct_fast.train.memory import memory_errors
+from tapct_fast.train.observer import Observer
+from tapct_fast.train.processes import STEP_TIMEOUT, Processes
+from tapct_fast.train.rollback import must_roll_back, roll_back
 from tapct_fast.train.signals import StopSignals
-from tapct_fast.train.step import StepMetrics, train_step
+from tapct_fast.train.step import (
+    Engine,
+    MicroBatch,
+    StepMetrics,
+    StepResult,
+    build_engine,
+    gather_evidence,
+    train_step,
+)
 from tapct_kernels.attention import choose_backend as choose_attention
 
-_SEEDS = 2**61  # networks and drop path add to, or double, what is drawn below this
+_SEEDS = 2**61  # networks add to what is drawn below this
 
 
 class TrainResult(NamedTuple):
@@ -55,6 +78,8 @@ def train(
     resume: Literal["auto", "never"] = "auto",
     device: torch.device | str | None = None,
     progress: bool = False,
+    observers: Sequence[Observer] = (),
+    processes: Processes | None = None,
 ) -> TrainResult:
     """Train to ``config.train.num_steps``, from the newest checkpoint in ``out_dir`` if any.
 
@@ -66,6 +91,9 @@ def train(
         resume: ``auto`` continues a run in ``out_dir``; ``never`` refuses a folder that holds one.
         device: By default CUDA where there is one, else the CPU.
         progress: Show a progress line on stderr.
+        observers: Told about rows and checkpoints, and closed in this order; by one process only.
+        processes: This process among those that share the run; by default it is alone. All give
+            the same arguments, and ``out_dir`` is one folder for all.
 
     Raises:
         InputError: ``out_dir`` holds a run and ``resume`` is ``never``, there is no such device, or
@@ -73,10 +101,14 @@ def train(
         StoreReadError: A case could not be read, however often it was tried.
         StoreError: The store is missing or empty, or too many of its cases are damaged.
         CheckpointError: The run in ``out_dir`` has other settings or another store, or is damaged.
-        TrainError: A loss or gradient was not finite; the last checkpoint is intact.
+        ConfigError: The groups of a step cannot be dealt out to so many processes.
+        CheckpointWriteError: The disk is full or cannot be written; earlier checkpoints are intact.
+        TrainError: Too many steps were refused, or the memory does not suffice; the last checkpoint
+            is intact.
         StoppedError: SIGTERM or SIGUSR1 came; the checkpoint of the step then at work is written.
     """
     start = time.perf_counter()
+    processes = processes or Processes()
     store = Store.open(store_dir)
     if resume == "never" and has_run(out_dir):
         raise InputError("--out holds a run; --resume auto continues it, or give another --out")
@@ -86,27 +118,41 @@ def train(
         write_quarantine(out_dir, [case], [Refusal(case, "store", reason, "integrity")])
         notify(f"passed over and listed in quarantine.jsonl: {reason}")
 
-    pipeline = ViewPipeline(store, config, device=target, on_damage=on_damage)
-    run = build_run(config, store.fingerprint, target, dtype, pipeline.renderer)
-    step = load_latest(run, out_dir, notify=notify)
-    if progress:
-        where = f"resuming after step {step}" if step else "starting"
-        notify(f"{where} of {config.train.num_steps} on {run.backend}")
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        write_atomic(out_dir / "config.json", (to_json(config) + "\n").encode())
-    except OSError as error:
-        raise InputError(f"--out cannot be written: {error.strerror}") from None
-    with (
-        RunLog(out_dir, step=step, num_steps=config.train.num_steps, progress=progress) as log,
-        memory_errors(out_dir, config.train),
-        CheckpointWriter(out_dir, keep=config.train.keep_checkpoints) as writer,
-    ):
-        folder = _run_steps(run, store, pipeline, log, writer, out_dir, step, dtype)
+    pipeline = ViewPipeline(
+        store,
+        config,
+        device=target,
+        on_damage=on_damage,
+        rank=processes.rank,
+        world_size=processes.world_size,
+    )
+    run = build_run(config, store.fingerprint, target, dtype, pipeline.renderer, processes)
+    step = _resume(run, out_dir, processes)
+    num_steps = config.train.num_steps
+    if processes.is_first:
+        if progress:
+            where = f"resuming after step {step}" if step else "starting"
+            notify(f"{where} of {num_steps} on {run.backend}")
+        try:
+            out_dir.mkdir(parents=True, exist_ok=True)
+            write_atomic(out_dir / "config.json", (to_json(config) + "\n").encode())
+        except OSError as error:
+            raise InputError(f"--out cannot be written: {error.strerror}") from None
+    engine = build_engine(run.method, config.train, dtype=dtype, processes=processes)
+    with ExitStack() as watched, memory_errors(out_dir, config.train):
+        for observer in reversed(observers if processes.is_first else ()):
+            watched.callback(observer.close)
+        steps = _Steps(run, engine, store, pipeline, out_dir, observers)
+        while True:
+            try:
+                steps.run_from(step, progress=progress)
+                break
+            except _BudgetSpentError as spent:
+                step = _go_back(run, out_dir, spent, processes)
     return TrainResult(
-        checkpoint=folder,
-        num_steps=config.train.num_steps,
-        final_loss=log.last_loss,
+        checkpoint=out_dir / "checkpoints" / f"step-{num_steps:08d}",
+        num_steps=num_steps,
+        final_loss=steps.last_loss,
         uniform_loss=uniform_loss(config),
         seconds=time.perf_counter() - start,
     )
@@ -145,7 +191,7 @@ def uniform_loss(config: Config) -> float:
     A run whose loss stays at this number has not started to learn; KoLeo comes on top.
     """
     ibot = config.heads.ibot or config.heads.dino
-    num_views = 2 * (config.train.batch_size // config.train.accumulate)
+    num_views = 2 * config.train.group_size
     share = int(num_views * config.masks.prob) / num_views
     return config.losses.dino_weight * math.log(
         config.heads.dino.num_prototypes
@@ -156,118 +202,290 @@ def init_method(config: Config) -> DinoMethod:
     """Return student and teacher as a run of ``config`` starts, on the host."""
     seed = int(generator(config.train.seed, Stream.WEIGHTS).integers(_SEEDS))
     # Built on the host: the same seed gives the same weights on every device.
-    return DinoMethod(config.vit, config.heads, config.losses, hu=config.hu, seed=seed)
+    return DinoMethod(
+        config.vit,
+        config.heads,
+        config.losses,
+        hu=config.hu,
+        seed=seed,
+        group_size=config.train.group_size,
+    )
 
 
 def build_run(
-    config: Config, fingerprint: str, device: torch.device, dtype: torch.dtype, renderer: str
+    config: Config,
+    fingerprint: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    renderer: str,
+    processes: Processes | None = None,
 ) -> Run:
     """Return a run as it starts; see ``ViewPipeline`` for the renderer."""
+    processes = processes or Processes()
     method = init_method(config).to(device)
+    if processes.group is not None and config.train.parallel == "fsdp":
+        processes.shard(method)
     groups = param_groups(method.student, depth=config.vit.depth, config=config.optim)
     optimizer = build_optimizer(groups, config.optim)
     attention = choose_attention(device.type, dtype, config.vit.head_dim, needs_grad=True)
     number = str(dtype).removeprefix("torch.")
     backend = f"{device.type} {number}, attention {attention}, views {renderer}"
+    if processes.group is not None:
+        backend += f", {config.train.parallel} on {processes.world_size}"
     guard = start_guard(len(list(method.student.children())), device)
     return Run(method, optimizer, config, fingerprint, backend, guard)
 
 
-def _run_steps(
-    run: Run,
-    store: Store,
-    pipeline: ViewPipeline,
-    log: RunLog,
-    writer: CheckpointWriter,
-    out_dir: Path,
-    first: int,
-    dtype: torch.dtype,
-) -> Path:
-    """Do the steps from ``first`` to the end and return the last checkpoint."""
-    config, settings = run.config, run.config.train
-    folder = out_dir / "checkpoints" / f"step-{first:08d}"
-    waits: list[float] = []
-    mark, mark_step = time.perf_counter(), first
-    with StopSignals() as stop, closing(pipeline.stream(first)) as stream:
-        for step in range(first, settings.num_steps):
-            values = step_values(
-                config.schedule,
-                step,
-                num_steps=settings.num_steps,
-                batch_size=settings.batch_size,
-            )
-            try:
-                metrics = train_step(
-                    run.method,
-                    run.optimizer,
-                    _micro_batches(stream, config, step, waits),
-                    values,
-                    accumulate=settings.accumulate,
-                    clip_norm=config.optim.clip_norm,
-                    dtype=dtype,
+def micro_batch(config: Config, position: int, groups: range, views: ViewBatch) -> MicroBatch:
+    """Put the rows that drop path keeps beside the views of some groups.
+
+    Args:
+        config: The run.
+        position: Step whose data the views are.
+        groups: Which groups of that step; see ``ViewPipeline.groups``.
+        views: Of these groups.
+    """
+    if config.vit.drop_path == 0:
+        return MicroBatch(views, None)
+    kept = []
+    for kind, views_VBZYX in enumerate((views.global_VBZYX, views.local_VBZYX)):
+        kept_S2N = draw_kept_rows(
+            [drop_seed(config, position, group, kind) for group in groups],
+            depth=config.vit.depth,
+            num_views=views_VBZYX.shape[0],
+            group_size=config.train.group_size,
+            drop_path=config.vit.drop_path,
+        )
+        device = views_VBZYX.device
+        if device.type == "cuda":
+            kept_S2N = kept_S2N.pin_memory()
+        kept.append(kept_S2N.to(device, non_blocking=True))
+    return MicroBatch(views, Kept(*kept))
+
+
+def drop_seed(config: Config, position: int, group: int, kind: int) -> int:
+    """Return the seed of drop path for the global (0) or the local (1) views of a group."""
+    rng = generator(config.train.seed, Stream.DROP_PATH, position, group, kind)
+    return int(rng.integers(_SEEDS))
+
+
+def _resume(run: Run, out_dir: Path, processes: Processes) -> int:
+    """Load the newest checkpoint in every process; one of them tidies up the folder."""
+    step = load_latest(run, out_dir, notify=notify) if processes.is_first else 0
+    processes.barrier()
+    if not processes.is_first:
+        folder, _ = newest_intact(out_dir, notify=_silent)
+        step = 0 if folder is None else load(run, folder, notify=_silent)
+    return step
+
+
+class _BudgetSpentError(Exception):
+    """Too many steps in a row were refused."""
+
+    def __init__(self, step: int, verdict: Verdict) -> None:
+        super().__init__()
+        self.step, self.verdict = step, verdict
+
+
+def _go_back(run: Run, out_dir: Path, spent: _BudgetSpentError, processes: Processes) -> int:
+    def go(rank: int) -> int:
+        tell = notify if rank == 0 else _silent
+        return roll_back(run, out_dir, spent.step, spent.verdict, notify=tell, rank=rank)
+
+    step = go(0) if processes.is_first else 0
+    processes.barrier()
+    return step if processes.is_first else go(processes.rank)
+
+
+def _silent(_: str) -> None:
+    pass
+
+
+class _Steps:
+    """The steps of one run, from a first one to the last or to what stops them.
+
+    On CUDA the host reads the numbers of a step while the device works on the next one. Log and
+    checkpoints are the first process's.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        engine: Engine,
+        store: Store,
+        pipeline: ViewPipeline,
+        out_dir: Path,
+        observers: Sequence[Observer],
+    ) -> None:
+        self._run, self._engine, self._store, self._pipeline = run, engine, store, pipeline
+        self._out_dir, self._observers = out_dir, observers
+        self._log: RunLog | None = None
+        self._writer: CheckpointWriter | None = None
+        self._waits: list[float] = []
+        self._mark = (0.0, 0)  # of the last row: its time and step
+        self.last_loss = math.nan
+
+    def run_from(self, first: int, *, progress: bool) -> None:
+        """Do the steps behind ``first``.
+
+        Raises:
+            _BudgetSpentError: Too many steps in a row were refused.
+            StoppedError: A process was asked to stop; a checkpoint is written.
+        """
+        train = self._run.config.train
+        shift = int(self._run.guard.passed_over)
+        positions = first + shift, train.num_steps + shift
+        self._mark = time.perf_counter(), first
+        with ExitStack() as open_parts:
+            if self._engine.processes.is_first:
+                self._log = open_parts.enter_context(
+                    RunLog(self._out_dir, step=first, num_steps=train.num_steps, progress=progress)
                 )
-            except NotFiniteError as error:
-                writer.wait()
-                capture(
-                    out_dir,
-                    run,
-                    store,
-                    kind="stop",
-                    step=step + 1,
-                    refused=error,
-                    checkpoint=pointed_to(out_dir),
-                    drop_path_seeds=[
-                        drop_seed(config, step, m) for m in range(settings.accumulate)
-                    ],
+                self.last_loss = self._log.last_loss
+                self._writer = open_parts.enter_context(
+                    CheckpointWriter(
+                        self._out_dir, keep=train.keep_checkpoints, saved=self._tell_saved
+                    )
                 )
-                raise TrainError(f"step {step + 1}: {error}") from None
+            stop = open_parts.enter_context(StopSignals())
+            stream = open_parts.enter_context(closing(self._pipeline.stream(*positions)))
+            self._do_all(first, shift, stream, stop)
+
+    def _do_all(
+        self, first: int, shift: int, stream: Iterator[tuple[ViewBatch, float]], stop: StopSignals
+    ) -> None:
+        train = self._run.config.train
+        reads_late = self._run.guard.accepted.is_cuda
+        unread: tuple[int, StepValues, StepResult] | None = None
+        for step in range(first, train.num_steps):
+            values, result = self._do(step, step + shift, stream, bool(stop.received))
+            if unread is not None:
+                self._settle(*unread)
             done = step + 1
-            if done % settings.log_every == 0 or done == settings.num_steps:
-                now = time.perf_counter()
-                seconds = now - mark
-                rate = (done - mark_step) * settings.batch_size / seconds
-                log.write(_row(done, metrics, values, rate, sum(waits) / seconds))
-                mark, mark_step = now, done
-                waits.clear()
-            log.advance()
-            is_last = done == settings.num_steps
-            if done % settings.checkpoint_every == 0 or is_last or stop.received:
-                log.sync()
-                folder = writer.submit(run, done)
-            writer.poll()
-            if stop.received and not is_last:
-                writer.wait()
+            unread = done, values, result
+            saves = done % train.checkpoint_every == 0 or done == train.num_steps
+            if reads_late and not (saves or self._is_logged(done)):
+                continue
+            is_asked, unread = self._settle(*unread), None
+            if saves or is_asked:
+                self._save(done)
+            if is_asked and done < train.num_steps:
+                if self._writer is not None:
+                    self._writer.wait()
+                by = f" by {stop.received}" if stop.received else ""
                 raise StoppedError(
-                    f"stopped by {stop.received} behind the checkpoint of step {done}; the same "
-                    "command goes on"
+                    f"stopped{by} behind the checkpoint of step {done}; the same command goes on"
                 )
-    return folder
 
+    def _do(
+        self,
+        step: int,
+        position: int,
+        stream: Iterator[tuple[ViewBatch, float]],
+        is_asked: bool,
+    ) -> tuple[StepValues, StepResult]:
+        config, processes = self._run.config, self._engine.processes
+        batches = []
+        for micro, (views, seconds) in enumerate(islice(stream, config.train.accumulate)):
+            self._waits.append(seconds)
+            batches.append(micro_batch(config, position, self._pipeline.groups(micro), views))
+        values = step_values(
+            config.schedule,
+            step,
+            num_steps=config.train.num_steps,
+            batch_size=config.train.batch_size,
+        )
+        if processes.group is not None:  # where each of them hangs, should one do so
+            faulthandler.dump_traceback_later(STEP_TIMEOUT.total_seconds(), exit=False)
+        result = train_step(self._run, batches, values, self._engine, is_asked=is_asked)
+        processes.steps_began()
+        return values, result
 
-def _micro_batches(
-    stream: Iterator[tuple[ViewBatch, float]], config: Config, step: int, waits: list[float]
-) -> Iterator[tuple[ViewBatch, int]]:
-    """Yield the micro-batches of one step with their drop-path seeds; note the waiting times."""
-    for micro, (batch, seconds) in enumerate(islice(stream, config.train.accumulate)):
-        waits.append(seconds)
-        yield batch, drop_seed(config, step, micro)
+    def _is_logged(self, done: int) -> bool:
+        train = self._run.config.train
+        return done % train.log_every == 0 or done == train.num_steps
 
+    def _settle(self, done: int, values: StepValues, result: StepResult) -> bool:
+        """Read a step and say whether a process was asked to stop during it."""
+        metrics = result.read()
+        faulthandler.cancel_dump_traceback_later()
+        self.last_loss = metrics.losses["total"]
+        if not metrics.is_sound:
+            self._refuse(done, metrics)
+        processes = self._engine.processes
+        if self._is_logged(done) and (processes.is_first or processes.is_sharded):
+            evidence = gather_evidence(self._run, result, self._engine)
+            if self._log is not None:
+                self._write_row(done, values, metrics, evidence)
+        if self._log is not None:
+            self._log.advance()
+        if self._writer is not None:
+            self._writer.poll()
+        return metrics.is_asked
 
-def drop_seed(config: Config, step: int, micro: int) -> int:
-    """Return the seed of drop path in one micro-batch."""
-    return int(generator(config.train.seed, Stream.DROP_PATH, step, micro).integers(_SEEDS))
+    def _refuse(self, done: int, metrics: StepMetrics) -> None:
+        """Record a step that did not update."""
+        run, config = self._run, self._run.config
+        if self._writer is not None:
+            self._writer.wait()
+            cause = explain(
+                metrics.losses,
+                metrics.grad_norms,
+                voxels=metrics.voxels,
+                networks={"student": run.method.student, "teacher": run.method.teacher},
+                optimizer=run.optimizer,
+            )
+            notify(f"step {done} was skipped: {cause}")
+            position = done - 1 + int(run.guard.passed_over)
+            capture(
+                self._out_dir,
+                run,
+                self._store,
+                kind="skip",
+                step=done,
+                refused=NotFiniteError(cause, metrics.losses, metrics.grad_norms),
+                checkpoint=pointed_to(self._out_dir),
+                drop_path_seeds=[
+                    drop_seed(config, position, group, kind)
+                    for group in range(config.train.batch_size // config.train.group_size)
+                    for kind in (0, 1)
+                ],
+            )
+        if must_roll_back(metrics.verdict, config.guard):
+            raise _BudgetSpentError(done, metrics.verdict)
 
+    def _write_row(
+        self, done: int, values: StepValues, metrics: StepMetrics, evidence: Evidence
+    ) -> None:
+        assert self._log is not None
+        now, (then, before) = time.perf_counter(), self._mark
+        rate = (done - before) * self._run.config.train.batch_size / (now - then)
+        losses = metrics.losses
+        row: dict[str, Any] = {
+            "step": done,
+            "loss": losses["total"],
+            **{name: value for name, value in losses.items() if name != "total"},
+            **{f"grad_norm_{name}": value for name, value in metrics.grad_norms.items()},
+            **values._asdict(),
+            "skipped": metrics.verdict.skipped,
+            **{name: value.item() for name, value in measure(evidence).items()},
+            "samples_per_s": round(rate, 3),
+            "data_wait": round(sum(self._waits) / (now - then), 4),
+        }
+        self._log.write(row)
+        for observer in self._observers:
+            observer.logged(row)
+        self._mark = now, done
+        self._waits.clear()
 
-def _row(
-    step: int, metrics: StepMetrics, values: StepValues, samples_per_s: float, data_wait: float
-) -> dict[str, Any]:
-    losses = metrics.losses
-    return {
-        "step": step,
-        "loss": losses["total"],
-        **{name: value for name, value in losses.items() if name != "total"},
-        **{f"grad_norm_{name}": value for name, value in metrics.grad_norms.items()},
-        **values._asdict(),
-        "samples_per_s": round(samples_per_s, 3),
-        "data_wait": round(data_wait, 4),
-    }
+    def _save(self, done: int) -> None:
+        if self._writer is not None and self._log is not None:
+            self._log.sync()
+            self._writer.submit(self._run, done)
+        elif self._engine.processes.is_sharded:
+            for kind in STATE:  # all of them gather the shards
+                tensors_of(self._run, kind)
+
+    def _tell_saved(self, step: int, folder: Path) -> None:
+        for observer in self._observers:
+            observer.saved(step, folder)

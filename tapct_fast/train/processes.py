@@ -22,7 +22,7 @@ from tapct_fast.ssl.method import DinoMethod
 
 _BUCKET = 2**24  # gradients of one all-reduce, 64 MiB: long enough for the bandwidth of any network
 _START_TIMEOUT = timedelta(minutes=30)  # until all processes have compiled their first step
-_STEP_TIMEOUT = timedelta(seconds=45)  # then a process that does not answer ends all within a minute
+STEP_TIMEOUT = timedelta(seconds=45)  # then a process that does not answer ends all within a minute
 
 
 @dataclass(slots=True)
@@ -80,14 +80,14 @@ class Processes:
                 fully_shard(block.attn, mesh=mesh)
                 fully_shard(block.mlp, mesh=mesh)
             fully_shard(networks, mesh=mesh)
-            register_fsdp_forward_method(networks, "encode_teacher")
-            register_fsdp_forward_method(networks, "encode_student")
+            for name in ("encode_teacher", "encode_student", "encode_patches"):
+                register_fsdp_forward_method(networks, name)
         self.is_sharded = True
 
     def steps_began(self) -> None:
         """From now on, do not wait for the others longer than a step can take."""
         if self.group is not None:
-            dist.distributed_c10d._set_pg_timeout(_STEP_TIMEOUT, self.group)
+            dist.distributed_c10d._set_pg_timeout(STEP_TIMEOUT, self.group)
 
     def barrier(self) -> None:
         """Wait for the others."""
@@ -151,7 +151,7 @@ def started(environment: Mapping[str, str], device_type: str) -> Iterator[Proces
         if isinstance(error, dist.DistError) or "gloo" in str(error).lower():
             raise TrainError(
                 f"process {rank} of {world_size} lost the others: one died or did not answer for "
-                f"{math.ceil(_STEP_TIMEOUT.total_seconds())} s; its own message says why. The same "
+                f"{math.ceil(STEP_TIMEOUT.total_seconds())} s; its own message says why. The same "
                 "command goes on from the last checkpoint"
             ) from error
         raise

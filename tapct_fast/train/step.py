@@ -19,12 +19,14 @@ from tapct_fast.config import TrainConfig
 from tapct_fast.data.pipeline import ViewBatch
 from tapct_fast.ssl.ema import update_teacher
 from tapct_fast.ssl.health import Evidence
-from tapct_fast.ssl.method import DinoMethod, Encoded, Kept, Losses, StepTargets
+from tapct_fast.ssl.method import DinoMethod, Encoded, Kept, Losses, StepTargets, Targets
 from tapct_fast.ssl.param_groups import set_step_values
 from tapct_fast.ssl.schedules import StepValues
 from tapct_fast.train.checkpoint import Run
-from tapct_fast.train.guard import judge, moments_finite
+from tapct_fast.train.guard import Verdict, judge, moments_finite
 from tapct_fast.train.processes import Processes
+
+_EVIDENCE_VIEWS = 4
 
 
 class MicroBatch(NamedTuple):
@@ -49,31 +51,54 @@ class StepMetrics(NamedTuple):
     losses: dict[str, float]
     grad_norms: dict[str, float]
     voxels: float  # finite if and only if every voxel of the views is
+    is_asked: bool  # whether a process was asked to stop
     is_sound: bool  # whether the step updated
-    skipped: int  # steps of the run that did not
-    skipped_in_a_row: int
+    verdict: Verdict
 
 
 class StepResult(NamedTuple):
-    """Numbers of one step that the device may still be computing, and what health is judged by."""
+    """What the device may still be computing.
+
+    Attributes:
+        numbers: In one tensor, so that the host waits once.
+        names: Of the gradient norms.
+        views: The first micro-batch.
+        teacher_cls_ND: Of its global views.
+        student_cls_ND: The same of the student.
+        targets: Of the first micro-batch.
+    """
 
     numbers: Tensor
-    names: Sequence[str]  # of the gradient norms
-    evidence: Evidence
+    names: Sequence[str]
+    views: ViewBatch
+    teacher_cls_ND: Tensor
+    student_cls_ND: Tensor
+    targets: Targets
 
     def read(self) -> StepMetrics:
         """Wait for the device."""
         numbers = self.numbers.tolist()
         losses, rest = numbers[: len(Losses._fields)], numbers[len(Losses._fields) :]
-        voxels, is_sound, skipped, in_a_row, *norms = rest
+        voxels, asked, is_sound, skipped, in_a_row, *norms = rest
         return StepMetrics(
             dict(zip(Losses._fields, losses, strict=True)),
             dict(zip(self.names, norms, strict=True)),
             voxels,
+            asked > 0,
             bool(is_sound),
-            int(skipped),
-            int(in_a_row),
+            Verdict(int(skipped), int(in_a_row)),
         )
+
+
+def gather_evidence(run: Run, result: StepResult, engine: Engine) -> Evidence:
+    """Return what the health of a run is judged by; a few views go through the teacher again.
+
+    With shards, all processes call this together.
+    """
+    views_NCZYX = result.views.global_VBZYX.flatten(0, 1)[:_EVIDENCE_VIEWS, None]
+    with torch.no_grad(), _rounded(run, engine):
+        patches_NLD = run.method.teacher.encode_patches(views_NCZYX)
+    return Evidence(result.teacher_cls_ND, result.student_cls_ND, patches_NLD, *result.targets)
 
 
 def build_engine(
@@ -96,9 +121,8 @@ def build_engine(
         config.compile == "auto" and device.type == "cuda"
     )
     encode, losses = method.teacher.encode_teacher, method.student_losses
-    if processes.world_size > 1 and config.parallel == "fsdp":
+    if processes.is_sharded:
         # Hooks gather the weights of a part before it runs, so the parts are compiled.
-        processes.shard(method)
         for networks in (method.student, method.teacher):
             for block in networks.backbone.blocks if is_compiled else ():
                 block.attn.compile(dynamic=False)
@@ -112,7 +136,12 @@ def build_engine(
 
 
 def train_step(
-    run: Run, batches: Sequence[MicroBatch], values: StepValues, engine: Engine
+    run: Run,
+    batches: Sequence[MicroBatch],
+    values: StepValues,
+    engine: Engine,
+    *,
+    is_asked: bool = False,
 ) -> StepResult:
     """Do one step in place.
 
@@ -121,6 +150,7 @@ def train_step(
         batches: The micro-batches of this process.
         values: The schedules at this step.
         engine: From ``build_engine``.
+        is_asked: This process was asked to stop; all of them learn it from the step.
     """
     method, optimizer, processes = run.method, run.optimizer, engine.processes
     student = method.student
@@ -129,16 +159,19 @@ def train_step(
         encoded = [engine.encode_teacher(batch.views) for batch in batches]
         targets = method.targets(encoded, values.teacher_temp, group=processes.group)
     sums: list[Tensor] = []
+    student_cls = []
     for (views, kept), wanted in zip(batches, targets.of_micro_batches, strict=True):
         with _rounded(run, engine):
             losses, cls_ND = engine.student_losses(views, wanted, kept)
+        student_cls.append(cls_ND)
         (losses.total / len(batches)).backward()  # type: ignore[no-untyped-call]
         # A sum is finite only if every voxel is.
         voxels = views.global_VBZYX.sum() + views.local_VBZYX.sum()
         parts = [*(loss.detach() / len(batches) for loss in losses), voxels]
         sums = parts if not sums else [a + b for a, b in zip(sums, parts, strict=True)]
 
-    means = processes.mean(torch.stack(sums))
+    asked = torch.full_like(sums[0], float(is_asked))
+    means = processes.mean(torch.stack([*sums, asked]))
     processes.reduce_gradients(student.parameters())
     norms = torch.stack(
         [
@@ -156,9 +189,10 @@ def train_step(
     return StepResult(
         torch.cat([means, verdict.to(means.dtype), norms]),
         [name for name, _ in student.named_children()],
-        Evidence(
-            encoded[0].cls_ND, cls_ND, None, *targets.of_micro_batches[0]
-        ),
+        batches[0].views,
+        encoded[0].cls_ND,
+        student_cls[0],
+        targets.of_micro_batches[0],
     )
 
 

@@ -1,0 +1,102 @@
+"""What a run folder says about its run, read while the run may still write.
+
+A row is one line of ``metrics.jsonl`` (see ``train.log``) or ``probe.jsonl`` (``monitor.probe``).
+"""
+
+import json
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tapct_fast.config import Config, from_json
+from tapct_fast.errors import InputError
+from tapct_fast.train.log import METRICS
+
+PROBES = "probe.jsonl"
+
+Row = Mapping[str, Any]
+
+
+class Record(NamedTuple):
+    """A run so far; ``idle_seconds`` have passed since it wrote its last row."""
+
+    config: Config
+    rows: Sequence[Row]
+    probes: Sequence[Row] = ()
+    idle_seconds: float = 0.0
+
+    @property
+    def step(self) -> int:
+        """Steps done, as far as they are logged."""
+        return int(self.rows[-1]["step"]) if self.rows else 0
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the last step is logged."""
+        return self.step >= self.config.train.num_steps
+
+    @property
+    def eta_seconds(self) -> float | None:
+        """Time the remaining steps take at the latest speed; None while that is unknown."""
+        rate = latest(self.rows, "samples_per_s")
+        if not rate:
+            return None
+        return (self.config.train.num_steps - self.step) * self.config.train.batch_size / rate
+
+
+def read_record(directory: Path) -> Record:
+    """Read the record of the run in ``directory``.
+
+    Raises:
+        InputError: There is no run.
+        ConfigError: Its config is that of another version.
+    """
+    try:
+        config = from_json(Config, (directory / "config.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(
+            "DIR holds no run (no config.json); name what tapct-fast train was given as --out"
+        ) from None
+    except OSError as error:
+        raise InputError(f"DIR cannot be read: {error.strerror}") from None
+    metrics = directory / METRICS
+    rows = read_rows(metrics)
+    idle = time.time() - metrics.stat().st_mtime if rows else 0.0
+    return Record(config, rows, read_rows(directory / PROBES), max(0.0, idle))
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Read the rows of a file that another process appends to; none where there is no file.
+
+    A line that is cut short, as the one being written may be, is passed over.
+    """
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError:
+        return []
+    return [row for row in map(_parse, lines) if row is not None]
+
+
+def _parse(line: bytes) -> Row | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+
+
+def column(rows: Iterable[Row], name: str) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Return the steps and values of the rows that have a number called ``name``."""
+    pairs = [(row["step"], row[name]) for row in rows if isinstance(row.get(name), int | float)]
+    step_N, value_N = zip(*pairs, strict=True) if pairs else ((), ())
+    return np.array(step_N, np.int64), np.array(value_N, np.float64)
+
+
+def latest(rows: Sequence[Row], name: str, *, num: int = 10) -> float | None:
+    """Return the median of the last ``num`` values; None where there is none."""
+    _, value_N = column(rows[-num:], name)
+    return float(np.median(value_N)) if value_N.size else None
