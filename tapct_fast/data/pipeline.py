@@ -20,12 +20,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tapct_fast.config import Config, TrainConfig
-from tapct_fast.errors import ConfigError
 from tapct_fast.data.masks import mask_law
 from tapct_fast.data.render import choose_renderer, make_renderer
 from tapct_fast.data.rng import Stream, generator
 from tapct_fast.data.samples import OnDamage, Sample, Samples
 from tapct_fast.data.workers import Workers
+from tapct_fast.errors import ConfigError
 from tapct_fast.io.store import Store
 from tapct_kernels import BlockMasks, block_masks
 
@@ -119,11 +119,7 @@ class ViewPipeline:
             StoreError: Too many cases are damaged.
         """
         train = self._config.train
-        places = (
-            (step, micro)
-            for step in range(start, end)
-            for micro in range(train.accumulate)
-        )
+        places = ((step, micro) for step in range(start, end) for micro in range(train.accumulate))
         pending: deque[Future[tuple[ViewBatch, torch.cuda.Event | None]]] = deque()
         readers = Workers(self._num_workers, timeout=train.read_timeout)
         # One torch thread in the worker (the setting is per thread): the others train, and a second
@@ -190,9 +186,7 @@ class ViewPipeline:
         for group in self.groups(micro):
             rng = generator(self._config.train.seed, Stream.MASKS, step, group)
             # Filled on the device, not copied there: nothing waits for the host.
-            seed = torch.full(
-                (), int(rng.integers(_SEEDS)), dtype=torch.int64, device=self._device
-            )
+            seed = torch.full((), int(rng.integers(_SEEDS)), dtype=torch.int64, device=self._device)
             drawn.append(block_masks(self._mask_law, seed))
         return drawn[0] if len(drawn) == 1 else _side_by_side(drawn)
 
@@ -224,9 +218,7 @@ def groups_per_micro_batch(train: TrainConfig, world_size: int) -> int:
     num_groups = train.batch_size // train.group_size
     parts = world_size * train.accumulate
     if num_groups % parts:
-        legal = [
-            n for n in range(1, num_groups + 1) if num_groups % (n * train.accumulate) == 0
-        ]
+        legal = [n for n in range(1, num_groups + 1) if num_groups % (n * train.accumulate) == 0]
         raise ConfigError(
             f"{world_size} processes cannot share train.batch_size={train.batch_size} in groups of "
             f"train.group_size={train.group_size} with train.accumulate={train.accumulate}; "
@@ -245,7 +237,8 @@ def _side_by_side(drawn: Sequence[BlockMasks]) -> BlockMasks:
         view_M, rest_M = index_M // (per_view * num_tokens), index_M % (per_view * num_tokens)
         return (view_M * num_groups + group) * per_view * num_tokens + rest_M
 
-    mask_GVBL = torch.stack([m.mask_NL for m in drawn]).unflatten(1, (_GLOBAL_VIEWS, per_view))
+    mask_GNL = torch.stack([m.mask_NL for m in drawn])
+    mask_GVBL = mask_GNL.view(num_groups, _GLOBAL_VIEWS, per_view, num_tokens)
     return BlockMasks(
         mask_GVBL.transpose(0, 1).flatten(0, 2),
         torch.cat([moved(group, m.masked_index_M) for group, m in enumerate(drawn)]),

@@ -150,7 +150,9 @@ class Block(nn.Module):
         """
         if self.checkpointing == "none" or not torch.is_grad_enabled():
             return self._forward(x_BTD, normed_KTD, rows, next_norm)
-        context = {} if self.checkpointing == "full" else {"context_fn": _keep_products}
+        context: dict[str, Any] = {}
+        if self.checkpointing == "selective":
+            context["context_fn"] = _keep_products
         stream: Stream = checkpoint(
             *(self._forward, x_BTD, normed_KTD, rows, next_norm), use_reentrant=False, **context
         )
@@ -196,9 +198,11 @@ class Block(nn.Module):
         rows_1QD, normed_1QD = add_branch(rows_QD[None], branch_QD[None], self.ls1, self.norm2)
         branch_1QD = _scaled(self.mlp(normed_1QD), mlp_Q1)
         # Not rounded to what products take: KoLeo measures these rows.
-        return add_branch(
+        _, normed_1QD = add_branch(
             rows_1QD, branch_1QD, self.ls2, final_norm, dtype=rows_QD.dtype
-        ).normed_KTD[0]
+        )
+        assert normed_1QD is not None
+        return normed_1QD[0]
 
 
 def _keep_products() -> tuple[Any, Any]:
@@ -206,13 +210,14 @@ def _keep_products() -> tuple[Any, Any]:
     aten = torch.ops.aten
     kept = [
         *(aten.mm.default, aten.addmm.default),
-        *(aten._scaled_dot_product_flash_attention.default,),
-        *(aten._scaled_dot_product_flash_attention_for_cpu.default,),
-        *(aten._scaled_dot_product_cudnn_attention.default,),
-        *(aten._scaled_dot_product_efficient_attention.default,),
+        aten._scaled_dot_product_flash_attention.default,
+        aten._scaled_dot_product_flash_attention_for_cpu.default,
+        aten._scaled_dot_product_cudnn_attention.default,
+        aten._scaled_dot_product_efficient_attention.default,
         torch.ops.tapct.flash_attn.default,
     ]
-    return create_selective_checkpoint_contexts(kept)
+    contexts: tuple[Any, Any] = create_selective_checkpoint_contexts(kept)  # type: ignore[no-untyped-call]
+    return contexts
 
 
 def _scaled(branch_QD: Tensor, factors_Q1: Tensor | None) -> Tensor:

@@ -13,7 +13,8 @@ def update_teacher(
     Both modules have the same parameters in the same order. A momentum of 1 changes no bit, nor
     does an ``is_sound`` that holds False.
     """
-    averages, values = list(teacher.parameters()), list(student.parameters())
+    averages: list[Tensor] = list(teacher.parameters())
+    values: list[Tensor] = list(student.parameters())
     if is_sound is None:
         torch._foreach_lerp_(averages, values, weight=1 - momentum)
         return

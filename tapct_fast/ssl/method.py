@@ -104,7 +104,7 @@ class Networks(nn.Module):
         """Encode the global views, none of their tokens masked."""
         views_NCZYX, index_M = _as_volumes(batch.global_VBZYX), batch.masked_index_M
         rows_QD = self.backbone.read_rows(views_NCZYX, index_M)
-        cls_ND, masked_MD = rows_QD.split([views_NCZYX.shape[0], index_M.shape[0]])
+        cls_ND, masked_MD = torch.split(rows_QD, [views_NCZYX.shape[0], index_M.shape[0]])
         return self._project(cls_ND, cls_ND, masked_MD)
 
     def encode_student(self, batch: ViewBatch, kept: Kept | None = None) -> Encoded:
@@ -113,7 +113,7 @@ class Networks(nn.Module):
         rows_QD = self.backbone.read_rows(
             views_NCZYX, index_M, batch.mask_NL, kept_S2N=kept and kept.global_S2N
         )
-        cls_ND, masked_MD = rows_QD.split([views_NCZYX.shape[0], index_M.shape[0]])
+        cls_ND, masked_MD = torch.split(rows_QD, [views_NCZYX.shape[0], index_M.shape[0]])
         if not batch.local_VBZYX.shape[0]:
             return self._project(cls_ND, cls_ND, masked_MD)
         local_ND = self.backbone.read_rows(
@@ -198,7 +198,9 @@ class DinoMethod(nn.Module):
         logits = [projection.logits() for projection in rows]
         mean_logits = []
         if self.centers:
-            targets = [center(l_NP, temp) for center, l_NP in zip(self.centers, logits, strict=False)]
+            targets = [
+                center(l_NP, temp) for center, l_NP in zip(self.centers, logits, strict=False)
+            ]
             mean_logits = [_mean_over_rows(l_NP, group) for l_NP in logits]
         else:
             targets = sinkhorn(logits, temp, group=group)
@@ -224,7 +226,7 @@ class DinoMethod(nn.Module):
         cls_ND, dino_student, ibot_student = self.student.encode_student(batch, kept)
         temp = self.config.student_temp
         num_views = batch.global_VBZYX.shape[0] + batch.local_VBZYX.shape[0]
-        features_VBK = _by_view(dino_student.features_NK, num_views)
+        features_VBK = _parts(dino_student.features_NK, num_views)
         dino = dino_loss(targets.dino, features_VBK, dino_student.prototypes_PK, student_temp=temp)
         ibot = dino.global_views.new_zeros(())
         if targets.ibot is not None and ibot_student is not None:
@@ -234,7 +236,7 @@ class DinoMethod(nn.Module):
             )
         koleo = torch.stack(
             [
-                koleo_loss(view_BD.unflatten(0, (-1, self.group_size or view_BD.shape[0])))
+                koleo_loss(_parts(view_BD, view_BD.shape[0] // (self.group_size or len(view_BD))))
                 for view_BD in cls_ND.chunk(2)
             ]
         ).sum()
@@ -260,9 +262,9 @@ def _as_volumes(views_VBZYX: Tensor) -> Tensor:
     return views_VBZYX.flatten(0, 1).unsqueeze(1)
 
 
-def _by_view(rows_NK: Tensor, num_views: int) -> Tensor:
-    rows_VBK: Tensor = rows_NK.unflatten(0, (num_views, -1))  # type: ignore[no-untyped-call]
-    return rows_VBK
+def _parts(rows_NK: Tensor, num: int) -> Tensor:
+    parts_VBK: Tensor = rows_NK.unflatten(0, (num, -1))  # type: ignore[no-untyped-call]
+    return parts_VBK
 
 
 def _split(targets: SoftTargets, num: int) -> list[SoftTargets]:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -61,10 +62,8 @@ class Processes:
         for bucket, flat_N, work in pending:
             assert work is not None
             work.wait()
-            parts = (flat_N / self.world_size).split([grad.numel() for grad in bucket])
-            torch._foreach_copy_(
-                bucket, [p.view_as(g) for p, g in zip(parts, bucket, strict=True)]
-            )
+            parts = torch.split(flat_N / self.world_size, [grad.numel() for grad in bucket])
+            torch._foreach_copy_(bucket, [p.view_as(g) for p, g in zip(parts, bucket, strict=True)])
 
     def whole(self, tensor: Tensor) -> Tensor:
         """Return a tensor as it is without shards; all processes call this together."""
@@ -75,7 +74,8 @@ class Processes:
         device_type = next(method.parameters()).device.type
         mesh = init_device_mesh(device_type, (self.world_size,))
         for networks in (method.student, method.teacher):
-            for block in networks.backbone.blocks:
+            blocks: Any = networks.backbone.blocks  # Any: a ModuleList forgets its type
+            for block in blocks:
                 # Not the block: its norms are computed by the block before it.
                 fully_shard(block.attn, mesh=mesh)
                 fully_shard(block.mlp, mesh=mesh)

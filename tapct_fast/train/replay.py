@@ -1,5 +1,6 @@
 """Do one step of a run again, from the checkpoint before it, and look where its numbers break."""
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -10,15 +11,16 @@ from torch import Tensor, nn
 
 from tapct_fast.config import Config, from_json
 from tapct_fast.data.pipeline import ViewPipeline
-from tapct_fast.errors import ConfigError, InputError, TrainError
+from tapct_fast.errors import ConfigError, InputError
 from tapct_fast.io.store import Store
 from tapct_fast.ssl.schedules import step_values
 from tapct_fast.train.checkpoint import Run, folders, load, newest_intact, step_of
-from tapct_fast.train.guard import NotFiniteError
+from tapct_fast.train.guard import explain
 from tapct_fast.train.incident import read_incident
 from tapct_fast.train.log import METRICS
-from tapct_fast.train.loop import build_run, choose_backend, drop_seed
-from tapct_fast.train.step import train_step
+from tapct_fast.train.loop import build_run, choose_backend, micro_batch
+from tapct_fast.train.processes import Processes
+from tapct_fast.train.step import build_engine, train_step
 
 _LOSSES = ("total", "dino_global", "dino_local", "ibot", "koleo")
 
@@ -62,7 +64,6 @@ def replay(
     Raises:
         InputError: There is no such run, step or device.
         CheckpointError: No checkpoint passes its check, or the store is another one.
-        TrainError: A step before was refused too.
     """
     config = _config_of(run_dir)
     if not 1 <= step <= config.train.num_steps:
@@ -71,11 +72,13 @@ def replay(
     target, dtype = choose_backend(config, device)
     pipeline = ViewPipeline(store, config, device=target)
     run = build_run(config, store.fingerprint, target, dtype, pipeline.renderer)
+    eager = dataclasses.replace(config.train, compile="off")  # hooks see modules, not graphs
+    engine = build_engine(run.method, eager, dtype=dtype, processes=Processes())
     incident = read_incident(run_dir, step)
     start = _load_before(run, run_dir, step, incident, notify)
     passed_over = int(incident["passed_over"] if incident else run.guard.passed_over)
 
-    def do(at: int) -> Numbers:
+    def do(at: int) -> tuple[Numbers, str]:
         values = step_values(
             config.schedule,
             at,
@@ -83,32 +86,25 @@ def replay(
             batch_size=config.train.batch_size,
         )
         position = at + passed_over
-        batches = (
-            (pipeline.batch_at(position, micro), drop_seed(config, position, micro))
+        batches = [
+            micro_batch(
+                config, position, pipeline.groups(micro), pipeline.batch_at(position, micro)
+            )
             for micro in range(config.train.accumulate)
+        ]
+        metrics = train_step(run, batches, values, engine).read()
+        numbers = Numbers(metrics.losses, metrics.grad_norms)
+        if metrics.is_sound:
+            return numbers, ""
+        networks = {"student": run.method.student, "teacher": run.method.teacher}
+        return numbers, explain(
+            *numbers, voxels=metrics.voxels, networks=networks, optimizer=run.optimizer
         )
-        metrics = train_step(
-            run.method,
-            run.optimizer,
-            batches,
-            values,
-            accumulate=config.train.accumulate,
-            clip_norm=config.optim.clip_norm,
-            dtype=dtype,
-        )
-        return Numbers(metrics.losses, metrics.grad_norms)
 
     for at in range(start, step - 1):
-        try:
-            do(at)
-        except NotFiniteError as error:
-            raise TrainError(f"step {at + 1}, before the one to replay: {error}") from None
-    cause = ""
+        do(at)
     with first_not_finite(run.method) as (modules, gradients):
-        try:
-            now = do(step - 1)
-        except NotFiniteError as error:
-            now, cause = Numbers(error.losses, error.grad_norms), str(error)
+        now, cause = do(step - 1)
     return Replay(
         step,
         start,

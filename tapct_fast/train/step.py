@@ -1,11 +1,11 @@
-"""One optimizer step: teacher, targets, student and gradients; then the verdict, AdamW, the teacher.
+"""One optimizer step: teacher, targets, student, gradients; then verdict, AdamW, moving average.
 
 Nothing waits for the device: losses, norms and the guard's verdict stay tensors, and a step that is
 refused changes no weight and no moment. The clip is per sub-module, as in DINOv2.
 
-What is compiled, as one graph each, are the two halves that hold nearly all of the work: the teacher's
-encoding, and the student's losses with their gradients. Between them Sinkhorn-Knopp is two kernels, and
-after them clip, AdamW and moving average are a few multi-tensor kernels each.
+What is compiled, as one graph each, are the two halves that hold nearly all of the work: the
+teacher's encoding, and the student's losses with their gradients. Between them Sinkhorn-Knopp is two
+kernels, and after them clip, AdamW and moving average are a few multi-tensor kernels each.
 """
 
 from collections.abc import Callable, Sequence
@@ -115,7 +115,8 @@ def build_engine(
         processes: Those that share a step.
     """
     device = next(method.parameters()).device
-    for block in method.student.backbone.blocks:
+    blocks: Any = [*method.student.backbone.blocks]  # Any: a ModuleList forgets its type
+    for block in blocks:
         block.checkpointing = config.checkpointing
     is_compiled = config.compile in ("on", "cuda-graphs") or (
         config.compile == "auto" and device.type == "cuda"
@@ -123,10 +124,9 @@ def build_engine(
     encode, losses = method.teacher.encode_teacher, method.student_losses
     if processes.is_sharded:
         # Hooks gather the weights of a part before it runs, so the parts are compiled.
-        for networks in (method.student, method.teacher):
-            for block in networks.backbone.blocks if is_compiled else ():
-                block.attn.compile(dynamic=False)
-                block.mlp.compile(dynamic=False)
+        for block in [*blocks, *method.teacher.backbone.blocks] if is_compiled else ():
+            block.attn.compile(dynamic=False)
+            block.mlp.compile(dynamic=False)
     elif is_compiled:
         options: dict[str, Any] = {"fullgraph": True, "dynamic": False}
         if config.compile == "cuda-graphs":
@@ -217,6 +217,4 @@ def _update(
 
 def _rounded(run: Run, engine: Engine) -> AbstractContextManager[object]:
     device_type = run.guard.accepted.device.type
-    return torch.autocast(
-        device_type, dtype=engine.dtype, enabled=engine.dtype != torch.float32
-    )
+    return torch.autocast(device_type, dtype=engine.dtype, enabled=engine.dtype != torch.float32)
