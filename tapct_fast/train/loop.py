@@ -24,7 +24,7 @@ from tapct_fast.io.store import Store
 from tapct_fast.ssl.method import DinoMethod
 from tapct_fast.ssl.param_groups import build_optimizer, param_groups
 from tapct_fast.ssl.schedules import StepValues, step_values
-from tapct_fast.train.checkpoint import Run, has_run, load_latest, pointed_to
+from tapct_fast.train.checkpoint import Run, has_run, load_latest
 from tapct_fast.train.checkpoint_writer import CheckpointWriter
 from tapct_fast.train.guard import NotFiniteError, start_guard
 from tapct_fast.train.incident import capture
@@ -215,7 +215,6 @@ def _run_steps(
                     kind="stop",
                     step=step + 1,
                     refused=error,
-                    checkpoint=pointed_to(out_dir),
                     drop_path_seeds=[
                         drop_seed(config, step, m) for m in range(settings.accumulate)
                     ],
