@@ -61,11 +61,18 @@ class Run(NamedTuple):
 
 
 def load_latest(
-    run: Run, directory: Path, *, notify: Callable[[str], None], at_most: int | None = None
+    run: Run,
+    directory: Path,
+    *,
+    notify: Callable[[str], None],
+    at_most: int | None = None,
+    rank: int = 0,
 ) -> int:
     """Load the newest checkpoint that passes its check into ``run``.
 
     Damaged ones are set aside, and what a killed save left behind is removed.
+
+    With several ranks, rank 0 calls first; the others then ask for ``at_most`` the step it found.
 
     Args:
         run: Built from the config that wants to resume.
@@ -73,6 +80,7 @@ def load_latest(
         notify: Told in one line about damaged checkpoints and about what may change bits.
         at_most: Go back to this step or one before; what is newer belongs to a course that the run
             leaves, and is removed.
+        rank: Only rank 0 changes files.
 
     Returns:
         Steps done: 0, and nothing loaded, where there is no checkpoint.
@@ -86,23 +94,29 @@ def load_latest(
     if folder is None:
         return 0
     step = load(run, folder, notify=notify)
+    if rank != 0:
+        return step
     try:
-        for path in damaged:
-            aside = path.with_suffix(".damaged")
-            shutil.rmtree(aside, ignore_errors=True)
-            path.rename(aside)
-        point_to(folder)
-        for newer in folders(directory):
-            if step_of(newer) > step:
-                remove_folder(newer)
-        for leftover in folder.parent.glob(".step-*.tmp"):  # of a run killed while it saved
-            shutil.rmtree(leftover, ignore_errors=True)
+        _tidy(directory, folder, damaged)
     except OSError as error:
         raise CheckpointWriteError(
             f"checkpoints of --out cannot be set aside: {error.strerror}; mend that and give the "
             "same command again"
         ) from None
     return step
+
+
+def _tidy(directory: Path, loaded: Path, damaged: list[Path]) -> None:
+    for path in damaged:
+        aside = path.with_suffix(".damaged")
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+    point_to(loaded)
+    for newer in folders(directory):
+        if step_of(newer) > step_of(loaded):
+            remove_folder(newer)
+    for leftover in loaded.parent.glob(".step-*.tmp"):  # of a run killed while it saved
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def newest_intact(

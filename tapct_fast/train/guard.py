@@ -37,6 +37,18 @@ class GuardState(NamedTuple):
     rollbacks: Tensor  # int64
 
 
+class Verdict(NamedTuple):
+    """What the host reads of a step, when the next one is under way: values of ``GuardState``."""
+
+    skipped: int
+    in_a_row: int
+
+    @classmethod
+    def of(cls, state: "GuardState") -> "Verdict":
+        """Read a state; the first verdict of a resumed run, which the killed one may not have."""
+        return cls(int(state.skipped), int(state.in_a_row))
+
+
 def start_guard(num_norms: int, device: torch.device | str) -> GuardState:
     """Return the state of a run without steps."""
     count, mean = torch.zeros((), dtype=torch.int64), torch.zeros(())

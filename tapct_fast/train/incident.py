@@ -15,7 +15,7 @@ from tapct_fast.data.samples import Samples
 from tapct_fast.errors import CheckpointWriteError
 from tapct_fast.io.atomic import read_json, write_atomic, write_json
 from tapct_fast.io.store import Store
-from tapct_fast.train.checkpoint import Run, environment
+from tapct_fast.train.checkpoint import Run, environment, folders, step_of
 from tapct_fast.train.guard import NotFiniteError
 
 INCIDENTS = "incidents.jsonl"
@@ -48,7 +48,6 @@ def capture(
     kind: Kind,
     step: int,
     refused: NotFiniteError,
-    checkpoint: str,
     drop_path_seeds: list[int],
 ) -> None:
     """Describe a refused step and record it.
@@ -60,7 +59,6 @@ def capture(
         kind: What became of the step.
         step: Counted from 1.
         refused: Cause and numbers.
-        checkpoint: Newest folder before the step.
         drop_path_seeds: Of its micro-batches.
 
     Raises:
@@ -70,12 +68,13 @@ def capture(
     size = config.train.batch_size
     first = (step - 1 + passed_over) * size
     samples = Samples(store, config)
+    before = [folder.name for folder in folders(directory) if step_of(folder) < step]
     incident = Incident(
         kind=kind,
         step=step,
         passed_over=passed_over,
         cause=str(refused),
-        checkpoint=checkpoint,
+        checkpoint=before[-1] if before else "",
         samples=list(range(first, first + size)),
         cases=[samples.draw(index).record.case for index in range(first, first + size)],
         seed=config.train.seed,

@@ -145,7 +145,7 @@ def first_not_finite(network: nn.Module) -> Iterator[tuple[list[str], list[str]]
         module.register_forward_hook(hook(name)) for name, module in network.named_modules() if name
     ]
     handles += [
-        parameter.register_post_accumulate_grad_hook(grad_hook(name))
+        parameter.register_post_accumulate_grad_hook(grad_hook(name))  # type: ignore[no-untyped-call]
         for name, parameter in network.named_parameters()
         if parameter.requires_grad
     ]

@@ -243,3 +243,21 @@ def test_leftovers_of_a_killed_save_are_removed(config: Config, tmp_path: Path) 
     (leftover / "student.safetensors").write_bytes(b"half")
     assert load_latest(build(config), tmp_path, notify=pytest.fail) == 1
     assert not leftover.exists()
+
+
+def test_a_rank_that_is_not_the_first_changes_no_file(config: Config, tmp_path: Path) -> None:
+    run, lines = build_stepped(config), []
+    save(run, tmp_path, 1)
+    save(run, tmp_path, 2)
+    remove_file(save(run, tmp_path, 3))
+    (tmp_path / "checkpoints" / ".step-00000004.1a2b3c4d.tmp").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    other = build(config)
+    assert load_latest(other, tmp_path, notify=lines.append, rank=1) == 2
+    assert load_latest(other, tmp_path, notify=lines.append, rank=1, at_most=1) == 1
+    assert sorted(tmp_path.rglob("*")) == before
+    assert_equal(tensors(other), tensors(run))
+    assert load_latest(other, tmp_path, notify=lines.append, at_most=1) == 1
+    names = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert names == {"latest.json", "step-00000001"}
+    assert pointed_to(tmp_path) == "step-00000001"

@@ -197,7 +197,6 @@ def test_the_checkpoint_of_the_last_incident_outlives_the_retention(
                 kind="skip",
                 step=step + 1,
                 refused=NotFiniteError("not finite: loss total", {"total": math.inf}, {}),
-                checkpoint=f"step-{step:08d}",
                 drop_path_seeds=[1, 2],
             )
     assert replayed_from(tmp_path) == "step-00000003"
@@ -217,7 +216,6 @@ def test_the_same_step_number_behind_a_roll_back_is_another_incident(
             kind="skip",
             step=2,
             refused=NotFiniteError(f"after {passed_over}", {"total": math.nan}, {}),
-            checkpoint="",
             drop_path_seeds=[1, 2],
         )
     assert incident_file(tmp_path, 2, 10).exists()
