@@ -315,7 +315,7 @@ class TrainConfig:
 
     num_steps: int = 125000
     batch_size: int = 64  # samples per optimizer step, over all processes
-    group_size: int = 16  # samples that share masks, drop path's rows and KoLeo's neighbours
+    group_size: int = 8  # samples that share masks, drop path's rows and KoLeo's neighbours
     accumulate: int = 1  # micro-batches per step and process
     seed: int = 0
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where the device has it
@@ -330,11 +330,13 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _require(self.num_steps >= 1, f"train.num_steps={self.num_steps} is not positive")
+        micro_size = self.batch_size // max(self.accumulate, 1)
         _require(
             min(self.accumulate, self.group_size) >= 1
             and self.batch_size % (self.accumulate * self.group_size) == 0,
             f"train.batch_size={self.batch_size} is not a multiple of train.accumulate="
-            f"{self.accumulate} times train.group_size={self.group_size}",
+            f"{self.accumulate} times train.group_size={self.group_size}; a group of a whole "
+            f"micro-batch is train.group_size={max(micro_size, 1)}",
         )
         _require(
             self.checkpoint_every >= 1 and self.log_every >= 1,

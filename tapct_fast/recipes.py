@@ -60,7 +60,9 @@ def debug() -> Config:
             teacher_temp_warmup_steps=30,
             freeze_last_layer_steps=5,
         ),
-        train=TrainConfig(num_steps=180, batch_size=16, checkpoint_every=60, log_every=1),
+        train=TrainConfig(
+            num_steps=180, batch_size=16, group_size=16, checkpoint_every=60, log_every=1
+        ),
     )
 
 

@@ -21,6 +21,7 @@ from tapct_fast.io.nifti import write_nifti
 CANARY = "DOE_JANE_19700101"  # stands for a patient's name in a path
 TINY = [
     *("--vit.dim", "64", "--vit.depth", "1", "--train.num_steps", "3", "--train.batch_size", "4"),
+    *("--train.group_size", "4"),
     *("--heads.dino.num_prototypes", "32", "--heads.ibot", "none"),
     *("--train.checkpoint_every", "2", "--views.local_views.num=2"),
 ]
@@ -97,7 +98,7 @@ def test_the_demo_writes_one_report_for_synthetic_and_for_given_scans(
         crops=CropConfig(extent_mm_zyx=(60.0, 200.0, 200.0)),
         vit=VitConfig(dim=64, depth=1, image_zyx=(8, 64, 64), layer_scale=0.1, drop_path=0.0),
         heads=HeadsConfig(dino=HeadConfig(num_prototypes=32, hidden_dim=64), ibot=None),
-        train=TrainConfig(num_steps=2, batch_size=4, checkpoint_every=2, log_every=1),
+        train=TrainConfig(num_steps=2, batch_size=4, group_size=4, checkpoint_every=2, log_every=1),
     )
     monkeypatch.setattr(recipes, "debug", lambda: tiny)
     for name in ("NUM_TRAIN", "NUM_FIT", "NUM_TEST"):

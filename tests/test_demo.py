@@ -21,7 +21,9 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> Config:
     for name, value in (("NUM_TRAIN", 3), ("NUM_FIT", 2), ("NUM_TEST", 2), ("NUM_SHOWN", 1)):
         monkeypatch.setattr(demo, name, value)
     config = recipes.debug()
-    train = dataclasses.replace(config.train, num_steps=2, batch_size=2, checkpoint_every=2)
+    train = dataclasses.replace(
+        config.train, num_steps=2, batch_size=2, group_size=2, checkpoint_every=2
+    )
     return dataclasses.replace(config, train=train)
 
 

@@ -123,7 +123,17 @@ def test_the_sheet_of_a_store_is_one_page_and_a_picture_per_sample(
     store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["views", str(store), "--out", str(tmp_path / "out"), "--recipe", "debug"]
-    words += ["--sample", "0", "17", "--train.batch_size", "4", "--masks.prob", "1"]
+    words += [
+        "--sample",
+        "0",
+        "17",
+        "--train.batch_size",
+        "4",
+        "--train.group_size",
+        "4",
+        "--masks.prob",
+        "1",
+    ]
     assert cli.main(words) == 0
     assert "views.html and a PNG for each of 2 samples" in capsys.readouterr().out
     names = sorted(path.name for path in (tmp_path / "out").iterdir())

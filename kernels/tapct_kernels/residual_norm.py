@@ -395,14 +395,15 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 
 def _backward(ctx: Any, grad_out_NTD: Tensor, grad_normed_JTD: Tensor) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors  # once: under activation checkpointing a second look is an error
     grad_x_NTD, grad_branch_KTD, grads_3D = _backward_op(
-        grad_out_NTD, grad_normed_JTD, *ctx.saved_tensors, ctx.scale, ctx.eps
+        grad_out_NTD, grad_normed_JTD, *saved, ctx.scale, ctx.eps
     )
     parameters = [
         None if dtype is None else grad_D.to(dtype)
         for grad_D, dtype in zip(grads_3D.unbind(0), ctx.dtypes, strict=True)
     ]
-    has_branch = ctx.saved_tensors[1] is not None
+    has_branch = saved[1] is not None
     branch = grad_branch_KTD if has_branch else None
     return grad_x_NTD, branch, *parameters, None, None, None, None, None
 

@@ -198,9 +198,7 @@ class Block(nn.Module):
         rows_1QD, normed_1QD = add_branch(rows_QD[None], branch_QD[None], self.ls1, self.norm2)
         branch_1QD = _scaled(self.mlp(normed_1QD), mlp_Q1)
         # Not rounded to what products take: KoLeo measures these rows.
-        _, normed_1QD = add_branch(
-            rows_1QD, branch_1QD, self.ls2, final_norm, dtype=rows_QD.dtype
-        )
+        _, normed_1QD = add_branch(rows_1QD, branch_1QD, self.ls2, final_norm, dtype=rows_QD.dtype)
         assert normed_1QD is not None
         return normed_1QD[0]
 

@@ -1,8 +1,8 @@
 """Student, teacher and the DINOv2 objective of one optimizer step.
 
-A step has two phases: the teacher encodes every micro-batch, and one Sinkhorn-Knopp balances all of
-its rows; then the student takes the micro-batches one by one. So neither the number of micro-batches
-nor that of processes changes a loss.
+A step has two phases: the teacher encodes every micro-batch, and one Sinkhorn-Knopp balances all
+of its rows; then the student takes the micro-batches one by one. So neither the number of
+micro-batches nor that of processes changes a loss.
 
 Shape suffixes: V views, B samples, N = V * B views (view-major), G groups, C channels (one),
 Z Y X voxels, M masked tokens, Q rows that are read, D width, K bottleneck width, P prototypes,

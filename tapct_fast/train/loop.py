@@ -1,7 +1,7 @@
 """A whole run, from a store to checkpoints: build or resume, then step by step.
 
-A run is a pure function of config, store and backend: every draw is keyed by (seed, step, group), so a
-run that was killed and started again gives the same losses and weights bit for bit.
+A run is a pure function of config, store and backend: every draw is keyed by (seed, step, group),
+so a run that was killed and started again gives the same losses and weights bit for bit.
 """
 
 import faulthandler
@@ -27,16 +27,7 @@ from tapct_fast.ssl.health import Evidence, measure
 from tapct_fast.ssl.method import DinoMethod, Kept
 from tapct_fast.ssl.param_groups import build_optimizer, param_groups
 from tapct_fast.ssl.schedules import StepValues, step_values
-from tapct_fast.train.checkpoint import (
-    STATE,
-    Run,
-    has_run,
-    load,
-    load_latest,
-    newest_intact,
-    pointed_to,
-    tensors_of,
-)
+from tapct_fast.train.checkpoint import STATE, Run, has_run, load_latest, tensors_of
 from tapct_fast.train.checkpoint_writer import CheckpointWriter
 from tapct_fast.train.guard import NotFiniteError, Verdict, explain, start_guard
 from tapct_fast.train.incident import capture
@@ -273,10 +264,9 @@ def _resume(run: Run, out_dir: Path, processes: Processes) -> int:
     """Load the newest checkpoint in every process; one of them tidies up the folder."""
     step = load_latest(run, out_dir, notify=notify) if processes.is_first else 0
     processes.barrier()
-    if not processes.is_first:
-        folder, _ = newest_intact(out_dir, notify=_silent)
-        step = 0 if folder is None else load(run, folder, notify=_silent)
-    return step
+    if processes.is_first:
+        return step
+    return load_latest(run, out_dir, notify=_silent, rank=processes.rank)
 
 
 class _BudgetSpentError(Exception):
@@ -413,7 +403,9 @@ class _Steps:
         if not metrics.is_sound:
             self._refuse(done, metrics)
         processes = self._engine.processes
-        if self._is_logged(done) and (processes.is_first or processes.is_sharded):
+        # A step that was refused has no row: it is in incidents.jsonl.
+        is_told = metrics.is_sound and self._is_logged(done)
+        if is_told and (processes.is_first or processes.is_sharded):
             evidence = gather_evidence(self._run, result, self._engine)
             if self._log is not None:
                 self._write_row(done, values, metrics, evidence)
@@ -444,7 +436,6 @@ class _Steps:
                 kind="skip",
                 step=done,
                 refused=NotFiniteError(cause, metrics.losses, metrics.grad_norms),
-                checkpoint=pointed_to(self._out_dir),
                 drop_path_seeds=[
                     drop_seed(config, position, group, kind)
                     for group in range(config.train.batch_size // config.train.group_size)

@@ -4,8 +4,8 @@ Nothing waits for the device: losses, norms and the guard's verdict stay tensors
 refused changes no weight and no moment. The clip is per sub-module, as in DINOv2.
 
 What is compiled, as one graph each, are the two halves that hold nearly all of the work: the
-teacher's encoding, and the student's losses with their gradients. Between them Sinkhorn-Knopp is two
-kernels, and after them clip, AdamW and moving average are a few multi-tensor kernels each.
+teacher's encoding, and the student's losses with their gradients. Between them Sinkhorn-Knopp is
+two kernels, and after them clip, AdamW and moving average are a few multi-tensor kernels each.
 """
 
 from collections.abc import Callable, Sequence

@@ -26,7 +26,7 @@ from tapct_fast.data.reference import render
 from tapct_fast.data.rng import Stream, generator
 from tapct_fast.data.samples import Sample, Samples
 from tapct_fast.data.views import draw_views
-from tapct_fast.errors import StoreError
+from tapct_fast.errors import ConfigError, StoreError
 from tapct_fast.io.nifti import write_nifti
 from tapct_fast.io.pack import pack
 from tapct_fast.io.store import Store
@@ -43,7 +43,7 @@ CONFIG = Config(
     ),
     masks=MaskConfig(prob=0.5, ratio=(0.1, 0.5)),
     vit=VitConfig(dim=64, depth=1, image_zyx=(8, 32, 32)),
-    train=TrainConfig(num_steps=6, batch_size=4, accumulate=2, seed=11),
+    train=TrainConfig(num_steps=6, batch_size=4, group_size=2, accumulate=2, seed=11),
 )
 
 
@@ -166,14 +166,40 @@ def test_a_batch_is_a_function_of_seed_step_and_micro_alone(store: Store) -> Non
     assert not torch.equal(other.global_VBZYX, first.batch_at(2, 1).global_VBZYX)
 
 
-def test_samples_do_not_depend_on_the_micro_batch_they_fall_into(store: Store) -> None:
-    whole = ViewPipeline(store, with_train(accumulate=1), device="cpu").batch_at(4, 0)
-    for accumulate in (2, 4):
-        pipeline = ViewPipeline(store, with_train(accumulate=accumulate), device="cpu")
-        parts = [pipeline.batch_at(4, micro) for micro in range(accumulate)]
-        for name in ("global_VBZYX", "local_VBZYX"):
-            joined = torch.cat([getattr(part, name) for part in parts], dim=1)
-            assert torch.equal(joined, getattr(whole, name))
+@pytest.mark.parametrize(("accumulate", "world_size"), [(2, 1), (4, 1), (1, 2), (2, 2), (1, 4)])
+def test_groups_are_the_same_whatever_micro_batch_and_process_they_fall_into(
+    store: Store, accumulate: int, world_size: int
+) -> None:
+    groups_of_one = with_train(group_size=1, accumulate=1)
+    whole = ViewPipeline(store, groups_of_one, device="cpu").batch_at(4, 0)
+    config = with_train(group_size=1, accumulate=accumulate)
+    parts = [
+        pipeline.batch_at(4, micro)
+        for rank in range(world_size)
+        for pipeline in [
+            ViewPipeline(store, config, device="cpu", rank=rank, world_size=world_size)
+        ]
+        for micro in range(accumulate)
+    ]
+    for name in ("global_VBZYX", "local_VBZYX"):
+        joined = torch.cat([getattr(part, name) for part in parts], dim=1)
+        assert torch.equal(joined, getattr(whole, name))
+    masks = [part.mask_NL.unflatten(0, (2, -1)) for part in parts]
+    assert torch.equal(torch.cat(masks, dim=1).flatten(0, 1), whole.mask_NL)
+    for batch in (*parts, whole):
+        hidden = torch.zeros_like(batch.mask_NL).flatten()
+        hidden[batch.masked_index_M] = True
+        assert torch.equal(hidden.view_as(batch.mask_NL), batch.mask_NL)
+        view_M = batch.masked_index_M // batch.mask_NL.shape[1]
+        torch.testing.assert_close(batch.masked_weight_M, 1 / batch.mask_NL.sum(1)[view_M].float())
+
+
+def test_groups_that_cannot_be_dealt_out_are_refused_with_the_numbers_that_can(
+    store: Store,
+) -> None:
+    config = with_train(batch_size=24, group_size=2, accumulate=2)
+    with pytest.raises(ConfigError, match=r"4 processes cannot share.* can: 1, 2, 3, 6"):
+        ViewPipeline(store, config, device="cpu", world_size=4)
 
 
 def test_the_same_scans_packed_again_give_the_same_batches(
@@ -187,12 +213,12 @@ def test_the_same_scans_packed_again_give_the_same_batches(
 
 def test_the_stream_gives_every_batch_from_its_start_to_the_end(pipeline: ViewPipeline) -> None:
     places = [(step, micro) for step in range(4, 6) for micro in range(2)]
-    streamed = list(pipeline.stream(4))
+    streamed = list(pipeline.stream(4, 6))
     assert len(streamed) == len(places)
     for (batch, wait_seconds), place in zip(streamed, places, strict=True):
         assert_same(batch, pipeline.batch_at(*place))
         assert wait_seconds >= 0
-    assert list(pipeline.stream(6)) == []
+    assert list(pipeline.stream(6, 6)) == []
     assert view_threads() == []
 
 
@@ -210,7 +236,7 @@ def test_the_stream_prepares_two_batches_ahead_and_no_more(
         return loaded
 
     monkeypatch.setattr(Samples, "load", recorded)
-    stream = pipeline.stream(0)
+    stream = pipeline.stream(0, 6)
     next(stream)
     for _ in range(3 * 2):
         assert arrived.acquire(timeout=30)
@@ -221,7 +247,7 @@ def test_the_stream_prepares_two_batches_ahead_and_no_more(
 
 def test_closing_the_stream_ends_its_threads_and_leaves_torch_alone(store: Store) -> None:
     threads = torch.get_num_threads()
-    stream = ViewPipeline(store, with_train(num_workers=3), device="cpu").stream(0)
+    stream = ViewPipeline(store, with_train(num_workers=3), device="cpu").stream(0, 6)
     next(stream)
     assert len(view_threads()) == 1 + 3
     stream.close()
@@ -241,7 +267,7 @@ def test_the_number_of_workers_does_not_change_a_bit(store: Store, renderer: str
         )
         pipeline = ViewPipeline(store, config, device="cpu")
         assert pipeline.renderer == renderer
-        return [batch for batch, _ in pipeline.stream(4)]
+        return [batch for batch, _ in pipeline.stream(4, 6)]
 
     for one, three in zip(run(1), run(3), strict=True):
         assert_same(one, three)
@@ -274,7 +300,7 @@ def test_a_store_full_of_damage_stops_the_stream(scans: Path, tmp_path: Path) ->
     store = Store.open(tmp_path / "store")
     for case in range(len(store.cases)):
         damage(store, case)
-    stream = ViewPipeline(store, CONFIG, device="cpu").stream(0)
+    stream = ViewPipeline(store, CONFIG, device="cpu").stream(0, 6)
     with pytest.raises(StoreError, match=r"2 of 4 cases are damaged.*case-"):
         list(stream)
     assert view_threads() == []
@@ -284,7 +310,7 @@ def test_a_read_that_hangs_is_done_again_and_changes_nothing(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = with_train(read_timeout=0.5, num_workers=2)
-    expected = [batch for batch, _ in ViewPipeline(store, config, device="cpu").stream(4)]
+    expected = [batch for batch, _ in ViewPipeline(store, config, device="cpu").stream(4, 6)]
     hang, hung = threading.Event(), threading.Semaphore(2)
     load = Samples.load
 
@@ -297,7 +323,7 @@ def test_a_read_that_hangs_is_done_again_and_changes_nothing(
     monkeypatch.setattr("tapct_fast.data.workers._LAST_SECONDS", 0.2)
     try:
         start = time.monotonic()
-        batches = [batch for batch, _ in ViewPipeline(store, config, device="cpu").stream(4)]
+        batches = [batch for batch, _ in ViewPipeline(store, config, device="cpu").stream(4, 6)]
         assert time.monotonic() - start < 10
     finally:
         hang.set()
@@ -319,7 +345,7 @@ def test_closing_does_not_wait_for_a_read_that_hangs(
 
     monkeypatch.setattr(Samples, "load", stuck)
     monkeypatch.setattr("tapct_fast.data.workers._LAST_SECONDS", 0.2)
-    stream = ViewPipeline(store, CONFIG, device="cpu").stream(0)
+    stream = ViewPipeline(store, CONFIG, device="cpu").stream(0, 6)
     try:
         next(stream)
         assert arrived.wait(30)

@@ -78,6 +78,35 @@ def test_kernels_match_the_eager_definition(
         torch.testing.assert_close(grads, wanted, rtol=tolerance, atol=2 * tolerance)
 
 
+@pytest.mark.usefixtures("_nan_outputs")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("width", "num_listed"), [(48, 9), (5, 1), (16, 0)], ids=str)
+def test_without_a_norm_rows_and_gradients_are_copied(
+    width: int, num_listed: int, dtype: torch.dtype
+) -> None:
+    x_NTD, index_M, _, _, num_prefix, eps = on_device(sample(width, num_listed, dtype=dtype))
+    expected = torch.stack(
+        [x_NTD[i // 7, num_prefix + i % 7] for i in index_M.tolist()] or [x_NTD[0, 0]]
+    )
+    expected = expected[:num_listed]
+    arguments = (x_NTD, index_M, None, None, num_prefix, eps)
+    assert torch.equal(masked_gather(*arguments), expected)
+    for _, _, rows_MD in tuning.each_config(lambda: _forward_triton(*arguments)):
+        assert torch.equal(rows_MD, expected)
+    grad_MD = torch.randn_like(expected)
+    scattered = torch.zeros_like(x_NTD)
+    for grad_D, i in zip(grad_MD, index_M.tolist(), strict=True):
+        scattered[i // 7, num_prefix + i % 7] = grad_D
+    backward = (grad_MD, x_NTD, index_M, None, num_prefix, eps)
+    assert torch.equal(_backward_ref(*backward)[0], scattered)
+    for _, _, grads in tuning.each_config(lambda: _backward_triton(*backward)):
+        assert torch.equal(grads[0], scattered)
+    x_NTD.requires_grad_()
+    masked_gather(*arguments).backward(grad_MD)
+    assert torch.equal(x_NTD.grad, scattered)
+    torch.library.opcheck(masked_gather, arguments)
+
+
 def test_gradients_match_finite_differences_in_float64() -> None:
     x_NTD, index_M, weight_D, bias_D, *rest = sample(6, 5, dtype=torch.float64)
     leaves = tuple(t.requires_grad_() for t in (x_NTD, weight_D, bias_D))
@@ -126,6 +155,7 @@ def test_op_compiles_to_one_graph_with_equal_gradients() -> None:
     [
         (1, torch.zeros(3, dtype=torch.int32), "not int64"),
         (2, torch.zeros(7), "have shapes"),
+        (2, None, "come together"),
         (4, 10, "leaves no patch"),
     ],
 )

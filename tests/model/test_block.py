@@ -112,18 +112,54 @@ def test_block_compiles_to_one_graph(kept: bool) -> None:
 def test_kept_rows_are_distinct_and_as_many_as_dinov2_keeps(
     batch: int, drop_path: float, kept: int
 ) -> None:
-    keep_S2N = draw_kept_rows(3, depth=6, batch=batch, drop_path=drop_path)
+    keep_S2N = draw_kept_rows([3], depth=6, num_views=1, group_size=batch, drop_path=drop_path)
     assert keep_S2N.shape == (6, 2, kept)
     assert (keep_S2N.diff(dim=-1) > 0).all()
     assert keep_S2N.min() >= 0
     assert keep_S2N.max() < batch
 
 
+def test_a_group_keeps_the_same_rows_whatever_batch_it_is_in() -> None:
+    law = {"depth": 3, "num_views": 2, "group_size": 4, "drop_path": 0.4}
+    alone = [draw_kept_rows([seed], **law) for seed in (7, 8, 9)]
+    together_S2N = draw_kept_rows([7, 8, 9], **law)
+    assert together_S2N.shape[2] == sum(kept_S2N.shape[2] for kept_S2N in alone)
+    view_S2N, sample_S2N = together_S2N // 12, together_S2N % 12
+    for group, kept_S2N in enumerate(alone):
+        for block in range(3):
+            for branch in range(2):
+                mine = sample_S2N[block, branch] // 4 == group
+                rows = view_S2N[block, branch, mine] * 4 + sample_S2N[block, branch, mine] % 4
+                assert rows.tolist() == kept_S2N[block, branch].tolist()
+
+
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("checkpointing", ["selective", "full"])
+def test_checkpointing_changes_no_bit_of_tokens_and_gradients(
+    checkpointing: str, kept: bool
+) -> None:
+    rows = (torch.tensor([0, 2]), torch.tensor([1, 2]), None) if kept else (None, None, None)
+    results = []
+    for how in ("none", checkpointing):
+        torch.manual_seed(0)
+        block = Block(VitConfig(dim=16, head_dim=8, layer_scale=0.5))
+        block.checkpointing = how
+        x_BTD = torch.randn(3, 5, 16, requires_grad=True)
+        stream = start_stream(x_BTD, block.norm1, rows[0])
+        out_BTD = block(*stream, rows).x_BTD
+        out_BTD.square().sum().backward()
+        results.append([out_BTD, x_BTD.grad, *(p.grad for p in block.parameters())])
+    assert all(map(torch.equal, *results))
+
+
 def test_kept_rows_depend_on_the_seed_alone_and_are_uniform() -> None:
-    first = draw_kept_rows(5, depth=2000, batch=8, drop_path=0.3)
+    def draw(seed: int) -> Tensor:
+        return draw_kept_rows([seed], depth=2000, num_views=2, group_size=4, drop_path=0.3)
+
+    first = draw(5)
     torch.rand(3)
-    assert torch.equal(first, draw_kept_rows(5, depth=2000, batch=8, drop_path=0.3))
-    assert not torch.equal(first, draw_kept_rows(6, depth=2000, batch=8, drop_path=0.3))
+    assert torch.equal(first, draw(5))
+    assert not torch.equal(first, draw(6))
     assert (first[:, 0] != first[:, 1]).any()
     share_B = F.one_hot(first.flatten(), 8).double().mean(0) * 5
     # 5 of 8 rows, 4000 draws: five standard deviations of a binomial share

@@ -1,5 +1,6 @@
 """The vision transformer: names, tokens, positions, masks, early exit and determinism."""
 
+import dataclasses
 import math
 
 import pytest
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from tapct_fast.config import HuConfig, VitConfig
 from tapct_fast.errors import InputError
+from tapct_fast.model.block import draw_kept_rows
 from tapct_fast.model.presets import vit_b_3d
 from tapct_fast.model.vit import Vit
 
@@ -179,16 +181,46 @@ def test_mask_of_another_grid_is_refused() -> None:
         tiny_vit()(sample_hu(), mask_BL=torch.zeros(2, 23, dtype=torch.bool))
 
 
+def kept_rows(seed: int, batch: int = 6) -> Tensor:
+    return draw_kept_rows([seed], depth=3, num_views=1, group_size=batch, drop_path=0.3)
+
+
+@pytest.mark.parametrize("drops", [False, True])
+@pytest.mark.parametrize("depth", [1, 3])
+@pytest.mark.parametrize("listed", [[], [3, 17, 40, 100]])
+def test_the_rows_that_training_reads_are_those_of_the_full_forward_with_equal_gradients(
+    listed: list[int], depth: int, drops: bool
+) -> None:
+    vit = tiny_vit(dataclasses.replace(TINY, depth=depth)).double()
+    x_BCZYX, mask_BL = sample_hu(6).double() / 300, torch.rand(6, 24) < 0.3
+    index_M = torch.tensor(listed, dtype=torch.int64)
+    kept_S2N = kept_rows(1)[:depth] if drops else None
+    grads = []
+    for full in (True, False):
+        vit.zero_grad()
+        if full:
+            output = vit(x_BCZYX, mask_BL=mask_BL, kept_S2N=kept_S2N)
+            rows_QD = torch.cat([output.cls_BD, output.patches_BLD.flatten(0, 1)[index_M]])
+            expected = rows_QD.detach()
+        else:
+            rows_QD = vit.read_rows(x_BCZYX, index_M, mask_BL, kept_S2N=kept_S2N)
+            torch.testing.assert_close(rows_QD, expected, rtol=1e-12, atol=1e-12)
+        (rows_QD * torch.linspace(-1, 1, 16)).square().sum().backward()
+        grads.append({name: p.grad for name, p in vit.named_parameters()})
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][name], grad, rtol=1e-9, atol=1e-11, msg=name)
+
+
 def test_drop_path_is_a_function_of_its_seed_and_off_without_one() -> None:
     vit = tiny_vit()
     x_BCZYX = sample_hu(6)
     plain = vit(x_BCZYX).cls_BD
     assert torch.equal(vit.eval()(x_BCZYX).cls_BD, plain)
-    first = vit(x_BCZYX, drop_seed=1).cls_BD
+    first = vit(x_BCZYX, kept_S2N=kept_rows(1)).cls_BD
     torch.rand(5)
-    assert torch.equal(vit(x_BCZYX, drop_seed=1).cls_BD, first)
-    assert torch.equal(vit.norm(vit.forward_tokens(x_BCZYX, drop_seed=1))[:, 0], first)
-    assert not torch.equal(vit(x_BCZYX, drop_seed=2).cls_BD, first)
+    assert torch.equal(vit(x_BCZYX, kept_S2N=kept_rows(1)).cls_BD, first)
+    assert torch.equal(vit.norm(vit.forward_tokens(x_BCZYX, kept_S2N=kept_rows(1)))[:, 0], first)
+    assert not torch.equal(vit(x_BCZYX, kept_S2N=kept_rows(2)).cls_BD, first)
     assert not torch.equal(plain, first)
 
 
@@ -233,8 +265,8 @@ def test_bfloat16_model_and_autocast_stay_near_float32() -> None:
     x_BCZYX = sample_hu(size_zyx=(2, 16, 8))
     exact = vit(x_BCZYX).patches_BLD
     with torch.autocast("cpu", torch.bfloat16):
-        autocast = vit(x_BCZYX, drop_seed=None).patches_BLD
-        vit(x_BCZYX, drop_seed=1).patches_BLD.float().sum().backward()
+        autocast = vit(x_BCZYX).patches_BLD
+        vit(x_BCZYX, kept_S2N=kept_rows(1, 2)).patches_BLD.float().sum().backward()
     assert all(p.grad.isfinite().all() for p in vit.parameters() if p.grad is not None)
     low = vit.to(torch.bfloat16)(x_BCZYX).patches_BLD
     assert low.dtype == torch.bfloat16

@@ -296,7 +296,16 @@ def test_a_full_disk_is_one_line_and_exit_code_74_on_the_command_line(
 ) -> None:
     words = ["train", "debug", str(tiny_store), "--out", str(tmp_path / "run"), "--device", "cpu"]
     words += ["--vit.dim", "64", "--vit.depth", "1", "--heads.ibot", "none"]
-    words += ["--train.batch_size", "2", "--train.num_steps", "2", "--train.checkpoint_every", "1"]
+    words += [
+        "--train.batch_size",
+        "2",
+        "--train.group_size",
+        "2",
+        "--train.num_steps",
+        "2",
+        "--train.checkpoint_every",
+        "1",
+    ]
     with largest_file(100_000):
         assert main(words) == 74
     line = capsys.readouterr().err.strip().splitlines()[-1]

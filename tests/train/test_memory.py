@@ -46,7 +46,16 @@ def test_a_step_that_does_not_fit_is_one_line_and_leaves_the_checkpoint(
 ) -> None:
     out = tmp_path / "run"
     words = ["train", "debug", str(tiny_store), "--out", str(out), "--device", "cpu"]
-    words += ["--train.batch_size", "32", "--train.num_steps", "3", "--train.checkpoint_every", "1"]
+    words += [
+        "--train.batch_size",
+        "32",
+        "--train.group_size",
+        "16",
+        "--train.num_steps",
+        "3",
+        "--train.checkpoint_every",
+        "1",
+    ]
     words += ["--train.num_workers", "1", "--vit.depth", "2"]
     found = subprocess.run(
         [sys.executable, "-c", PROGRAM, *words],
@@ -67,7 +76,7 @@ def test_a_step_that_does_not_fit_is_one_line_and_leaves_the_checkpoint(
 
 
 def test_without_a_checkpoint_another_try_is_not_promised(tmp_path: Path) -> None:
-    config = TrainConfig(batch_size=6, accumulate=2)
+    config = TrainConfig(batch_size=6, group_size=3, accumulate=2)
     said = pytest.raises(TrainError, match="smaller views or a smaller model")
     with said as caught, memory_errors(tmp_path, config):
         torch.empty(2**60, dtype=torch.uint8)  # the CPU allocator of torch refuses

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from training_case import do_step, kept_rows, run_of
 
 from tapct_fast.config import Config
 from tapct_fast.data.pipeline import ViewBatch
-from tapct_fast.ssl.method import DinoMethod, Losses
-from tapct_fast.ssl.param_groups import build_optimizer, param_groups
+from tapct_fast.ssl.method import Losses
 from tapct_fast.ssl.schedules import step_values
-from tapct_fast.train.step import train_step
+from tapct_fast.train.step import MicroBatch
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "step_losses.json"
 NUM_STEPS = 5
@@ -45,17 +45,14 @@ def batch_at(step: int) -> ViewBatch:
 
 @pytest.mark.parametrize("centering", ["sinkhorn", "softmax"])
 def test_losses_of_the_first_steps_are_the_golden_ones(tiny_config: Config, centering: str) -> None:
-    config = tiny_config
-    losses = dataclasses.replace(config.losses, centering=centering)
-    method = DinoMethod(config.vit, config.heads, losses, hu=config.hu, seed=11)
-    groups = param_groups(method.student, depth=config.vit.depth, config=config.optim)
-    optimizer = build_optimizer(groups, config.optim)
+    losses = dataclasses.replace(tiny_config.losses, centering=centering)
+    config = dataclasses.replace(tiny_config, losses=losses)
+    run = run_of(config, seed=11)
     rows = []
     for step in range(NUM_STEPS):
         values = step_values(config.schedule, step, num_steps=NUM_STEPS, batch_size=256)
-        metrics = train_step(
-            method, optimizer, [(batch_at(step), step)], values, accumulate=1, clip_norm=3.0
-        )
+        views = batch_at(step)
+        metrics = do_step(run, [MicroBatch(views, kept_rows(config, views, step))], values)
         rows.append([metrics.losses[name] for name in Losses._fields])
     stored = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
     if os.environ.get("TAPCT_WRITE_GOLDEN") == "1":
