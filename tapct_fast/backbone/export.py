@@ -9,7 +9,7 @@ import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
@@ -56,7 +56,8 @@ def export_backbone(
         InputError: There is no checkpoint, or ``out`` holds other files.
         CheckpointError: The checkpoint is damaged.
     """
-    named, config = _read_checkpoint(checkpoint_dir, which)
+    saved = read_checkpoint(checkpoint_dir, which)
+    config = saved.config
     image_zyx, patch_zyx = config.vit.image_zyx, config.vit.patch_zyx
     preprocess = Preprocess(
         resize_yx=image_zyx[1:],
@@ -65,7 +66,7 @@ def export_backbone(
         plane_multiple=math.lcm(*patch_zyx[1:]),
         hu=config.hu,
     )
-    return _write(named, config.vit, preprocess, out)
+    return _write(saved.backbone(), config.vit, preprocess, out)
 
 
 def save_backbone(backbone: Backbone, out: Path) -> Path:
@@ -99,7 +100,29 @@ def _write(
     return out
 
 
-def _read_checkpoint(directory: Path, which: str) -> tuple[dict[str, Tensor], Config]:
+class SavedNetworks(NamedTuple):
+    """Student or teacher of a checkpoint."""
+
+    tensors: dict[str, Tensor]  # backbone.*, dino_head.*, ibot_head.*, and centers of the teacher
+    config: Config
+    sha256: str  # of the file they were read from
+
+    def backbone(self) -> dict[str, Tensor]:
+        """Return the backbone's tensors under ``Vit``'s names."""
+        return {
+            name.removeprefix(_BACKBONE_PREFIX): tensor
+            for name, tensor in self.tensors.items()
+            if name.startswith(_BACKBONE_PREFIX)
+        }
+
+
+def read_checkpoint(directory: Path, which: Literal["teacher", "student"]) -> SavedNetworks:
+    """Read one network with its heads from a run folder, newest intact checkpoint, or from one.
+
+    Raises:
+        InputError: There is no checkpoint.
+        CheckpointError: The checkpoint is damaged.
+    """
     if (directory / "manifest.json").is_file():
         return _read_step(directory, which)
     folders = (directory / "checkpoints").glob("step-*")
@@ -114,27 +137,24 @@ def _read_checkpoint(directory: Path, which: str) -> tuple[dict[str, Tensor], Co
             failures.append(f"{step.name}: {error}")
             continue
         if failures:
-            warnings.warn(f"exported {step.name}; {'; '.join(failures)}", stacklevel=3)
+            warnings.warn(f"read {step.name}; {'; '.join(failures)}", stacklevel=3)
         return found
     raise CheckpointError(f"no checkpoint is intact; {failures[0]}")
 
 
-def _read_step(step: Path, which: str) -> tuple[dict[str, Tensor], Config]:
+def _read_step(step: Path, which: str) -> SavedNetworks:
     """Read one checkpoint; the bytes that are hashed are the bytes that are parsed."""
+    name = f"{which}.safetensors"
     try:
         manifest = read_json(step / "manifest.json", "manifest")
         if (manifest["format"], manifest["version"]) != _CHECKPOINT:
             raise FormatError("manifest", "written by another version; export with that version")
         files = manifest["files"]
         config = from_json(Config, _verified(step, files, "config.json").decode())
-        tensors = load_tensors(_verified(step, files, f"{which}.safetensors"))
+        tensors = load_tensors(_verified(step, files, name))
+        return SavedNetworks(tensors, config, files[name]["sha256"])
     except (FormatError, ConfigError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"damaged: {str(error).splitlines()[0]}") from None
-    return {
-        name.removeprefix(_BACKBONE_PREFIX): tensor
-        for name, tensor in tensors.items()
-        if name.startswith(_BACKBONE_PREFIX)
-    }, config
 
 
 def _verified(step: Path, files: Any, name: str) -> bytes:
