@@ -42,7 +42,8 @@ def test_multipliers_follow_the_table(
     name: str, lr: float, weight_decay: float, is_last_layer: bool
 ) -> None:
     got = multipliers(name, depth=DEPTH, config=CONFIG)
-    assert got == pytest.approx((lr, weight_decay, is_last_layer))
+    expected = (lr, weight_decay, is_last_layer, name.startswith("backbone."))
+    assert got == pytest.approx(expected)
 
 
 def student() -> Networks:
