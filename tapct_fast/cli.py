@@ -118,9 +118,27 @@ def _overrides(rest: Sequence[str]) -> dict[str, str]:
     return values
 
 
+def _fit(args: argparse.Namespace) -> recipes.Fit | None:
+    """Return what --preset fits the recipe to: the store's scans, GPUs counted or as stated."""
+    if args.preset is None:
+        return None
+    num_gpus = os.environ.get("WORLD_SIZE", "1") if args.preset == "auto" else args.preset
+    if not num_gpus.isdecimal():
+        raise ConfigError(f"--preset {args.preset!r} is neither auto nor a number of GPUs")
+    import torch
+
+    from tapct_fast.io.store import Store
+
+    memory_gib = None
+    if args.device != "cpu" and torch.cuda.is_available():
+        memory_gib = torch.cuda.get_device_properties(0).total_memory / 2**30
+    return recipes.Fit(int(num_gpus), len(Store.open(args.store).cases), memory_gib)
+
+
 def _train(args: argparse.Namespace) -> int:
-    config = recipes.override(recipes.recipe(args.recipe), _overrides(args.settings))
     _existing([args.store], "STORE")
+    recipe = recipes.recipe(args.recipe, fit=_fit(args))
+    config = recipes.override(recipe, _overrides(args.settings))
     from tapct_fast.train.loop import train
 
     train(config, args.store, args.out, resume=args.resume, device=args.device, progress=True)
@@ -349,8 +367,9 @@ def _parser() -> _Parser:
     train = verbs.add_parser(
         "train",
         help="pretrain a backbone with DINOv2",
-        description=f"Recipes: {', '.join(recipes.RECIPES)}. An interrupted run goes on where "
-        "it stopped, bit for bit, when the same command is given again.",
+        description=f"Recipes: {', '.join(recipes.RECIPES)}. Stages, behind a plus as in "
+        f"vit-b+high-res: {', '.join(recipes.STAGES)}. An interrupted run goes on where it "
+        "stopped, bit for bit, when the same command is given again.",
         epilog=_TRAIN_EPILOG + _train_settings(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -366,6 +385,12 @@ def _parser() -> _Parser:
         help="never: refuse a folder that holds a run",
     )
     train.add_argument("--device", default=None, help="default: cuda where there is one, else cpu")
+    train.add_argument(
+        "--preset",
+        metavar="auto|N",
+        help="fit length, batch, momentum and prototypes of the recipe to the number of scans in "
+        "STORE and to the GPUs of this call (torchrun), or to N GPUs",
+    )
     train.set_defaults(run=_train)
 
     views = verbs.add_parser(
