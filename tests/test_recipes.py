@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import math
 import re
+from pathlib import Path
 
 import pytest
 
@@ -177,3 +178,22 @@ def test_a_distilled_student_has_no_drop_path_and_tokens_in_every_view() -> None
     config = recipes.recipe("vit-s+distill")
     assert config.vit.drop_path == 0
     assert config.masks.prob == 1
+
+
+def test_the_commands_and_the_table_of_the_page_are_true() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "practice.md").read_text()
+    named = set(re.findall(r"^    .*? train (\S+) STORE", text, re.MULTILINE))
+    assert {name.partition("+")[2] for name in named} - {""} == set(recipes.STAGES)
+    assert all(recipes.recipe(name) for name in named)
+    rows = re.findall(r"^\| (vit-\w) \| (.*) \|$", text, re.MULTILINE)
+    assert len(rows) == 5
+    for name, cells in rows:
+        num_gpus, num_scans, *printed = cells.replace(",", "").split(" | ")
+        config = recipes.recipe(name, fit=Fit(int(num_gpus), int(num_scans)))
+        assert printed == [
+            str(config.train.batch_size),
+            str(config.train.accumulate),
+            str(config.train.num_steps),
+            f"{config.schedule.momentum[0]:.4f}",
+            str(config.heads.dino.num_prototypes),
+        ]

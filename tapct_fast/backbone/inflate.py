@@ -79,6 +79,8 @@ def inflate_kernel(kernel: Tensor, patch_zyx: Zyx) -> Tensor:
     shape = tuple(kernel.shape)
     if len(shape) not in (4, 5) or 0 in shape or (len(shape) == 5 and shape[2] != 1):
         raise BackboneError(f"{KERNEL}: shape {shape}, expected (D, C, Y, X)")
+    if not kernel.is_floating_point():
+        raise BackboneError(f"{KERNEL}: type {kernel.dtype}, expected a float type")
     z, *size_yx = patch_zyx
     grey_DYX = kernel.double().flatten(1, -3).sum(1)
     resized_DYX = resize_kernel(grey_DYX, (size_yx[0], size_yx[1])) / z

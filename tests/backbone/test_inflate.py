@@ -94,6 +94,9 @@ def test_a_grid_without_a_position_for_the_cls_token_gets_one_of_zeros() -> None
         ({"pos_embed": torch.zeros(1, 12, 8)}, "12 positions are no square grid"),
         ({"pos_embed": torch.zeros(10, 8)}, r"expected \(1, positions, D\)"),
         ({KERNEL: torch.zeros(8, 48)}, r"expected \(D, C, Y, X\)"),
+        ({KERNEL: torch.zeros(8, 1, 2, 8, 8)}, r"expected \(D, C, Y, X\)"),
+        ({KERNEL: torch.zeros(8, 3, 0, 8)}, r"expected \(D, C, Y, X\)"),
+        ({KERNEL: torch.zeros(8, 3, 8, 8, dtype=torch.int64)}, "expected a float type"),
     ],
 )
 def test_what_is_no_2d_network_is_refused_by_key(

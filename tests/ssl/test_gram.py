@@ -79,6 +79,17 @@ def test_tokens_of_twice_the_plane_become_the_mean_of_four() -> None:
     assert resize_patches(patches, (3, 4, 6), (3, 4, 6)) is patches
 
 
+def test_a_linear_field_stays_linear_between_half_pixel_centres() -> None:
+    def field(z: int, y: int, x: int) -> torch.Tensor:
+        axes = [(torch.arange(n, dtype=torch.float64) + 0.5) / n for n in (z, y, x)]
+        z_ZYX, y_ZYX, x_ZYX = torch.meshgrid(*axes, indexing="ij")
+        return 2 * z_ZYX - 3 * y_ZYX + 5 * x_ZYX
+
+    patches_NLD = field(3, 9, 12).reshape(1, -1, 1)
+    got = resize_patches(patches_NLD, (3, 9, 12), (3, 6, 5)).reshape(3, 6, 5)
+    torch.testing.assert_close(got, field(3, 6, 5))  # no centre lies beyond the old ones
+
+
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
