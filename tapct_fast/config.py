@@ -252,14 +252,14 @@ class LossConfig:
 class GramConfig:
     """Gram anchoring: similarities between patch tokens are held to those of an earlier teacher.
 
-    Defaults are DINOv3's for its 7B model (its anchor sees twice the resolution, ours the same).
+    Defaults are DINOv3's for its 7B model, but that its anchor sees crops of twice the resolution.
     """
 
     weight: float = 2.0
     start_step: int = 0  # the teacher as it is after so many steps is the first anchor
     refresh_every: int = 10000  # steps, after which the teacher of then is the anchor
     max_refreshes: int = 3
-    scale: float = 1.0  # in-plane size of the anchor's views, in views of the student
+    scale: float = 1.0  # by which views are enlarged in plane for the anchor
 
     def __post_init__(self) -> None:
         _require(self.weight > 0, f"gram.weight={self.weight} is not positive; give gram=None")

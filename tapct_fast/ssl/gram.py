@@ -6,6 +6,7 @@ Source: DINOv3, arXiv:2508.10104 section 4.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -78,7 +79,7 @@ def anchor_step(config: GramConfig, step: int) -> int | None:
     return config.start_step + refreshes * config.refresh_every
 
 
-def anchor_size_zyx(config: GramConfig, size_zyx: Zyx, patch_zyx: Zyx) -> Zyx:
+def anchor_size_zyx(config: GramConfig, size_zyx: Sequence[int], patch_zyx: Zyx) -> Zyx:
     """Return the size of the anchor's views in voxels: scaled in plane, to whole patches."""
     z, y, x = size_zyx
     y, x = (
@@ -110,9 +111,17 @@ class Anchor(nn.Module):
                 own.copy_(new)
 
     @torch.no_grad()
-    def patches(self, views_NCZYX: Tensor, to_zyx: Zyx) -> Tensor:
-        """Return normed patch tokens_NLD of unmasked views, on the student's grid."""
-        backbone = self.backbone
+    def patches(self, views_NCZYX: Tensor) -> Tensor:
+        """Return normed patch tokens_NLD of unmasked views, on the grid that the student has.
+
+        With a scale above 1 the views are enlarged first. That shows no new detail, unlike DINOv3's
+        larger crops; each token of the enlarged view stands for less of it.
+        """
+        backbone, size_zyx = self.backbone, views_NCZYX.shape[2:]
+        to_zyx = backbone.patch_embed.grid_zyx(views_NCZYX)
+        larger_zyx = anchor_size_zyx(self.config, size_zyx, backbone.config.patch_zyx)
+        if larger_zyx != size_zyx:
+            views_NCZYX = F.interpolate(views_NCZYX, size=larger_zyx, mode="trilinear")
         tokens_NTD = backbone.forward_tokens(views_NCZYX)
         patches_NLD: Tensor = backbone.norm(tokens_NTD[:, backbone.num_prefix :])
         return resize_patches(patches_NLD, backbone.patch_embed.grid_zyx(views_NCZYX), to_zyx)

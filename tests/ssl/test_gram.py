@@ -10,6 +10,8 @@ from tapct_fast.config import GramConfig, HuConfig, VitConfig
 from tapct_fast.model.vit import Vit
 from tapct_fast.ssl.gram import Anchor, anchor_size_zyx, anchor_step, gram_loss, resize_patches
 
+VIT = VitConfig(dim=64, depth=1, image_zyx=(8, 16, 16), layer_scale=1.0)
+
 
 def formula(student: np.ndarray, anchor: np.ndarray) -> float:
     """The definition: a loop over views and pairs of tokens."""
@@ -113,18 +115,26 @@ def test_the_anchors_views_are_whole_patches() -> None:
 
 @torch.no_grad()
 def test_an_anchor_keeps_the_teacher_it_copied_until_it_is_refreshed() -> None:
-    vit = VitConfig(dim=64, depth=1, image_zyx=(8, 16, 16), layer_scale=1.0)
     gram = GramConfig(start_step=1, refresh_every=2, max_refreshes=1)
-    teacher, anchor = Vit(vit), Anchor(gram, vit, HuConfig())
+    teacher, anchor = Vit(VIT), Anchor(gram, VIT, HuConfig())
     views = torch.randn(2, 1, 8, 32, 32)
     seen = []
     for step in range(5):
         teacher.init_weights(step)
         anchor.refresh(teacher, step)
-        seen.append(anchor.patches(views, (2, 2, 2)))
+        seen.append(anchor.patches(views))
     for step, at in ((1, 1), (2, 1), (3, 3), (4, 3)):
         teacher.init_weights(at)
-        whole = teacher(views).patches_BLD
-        expected = whole.reshape(2, 2, 2, 2, 2, 2, 64).mean(dim=(3, 5)).reshape(2, 8, 64)
-        torch.testing.assert_close(seen[step], expected)
+        assert torch.equal(seen[step], teacher(views).patches_BLD)
     assert not any(parameter.requires_grad for parameter in anchor.parameters())
+
+
+@torch.no_grad()
+def test_an_anchor_of_scale_2_sees_views_of_twice_the_plane() -> None:
+    teacher, anchor = Vit(VIT), Anchor(GramConfig(scale=2.0), VIT, HuConfig())
+    teacher.init_weights(3)
+    anchor.refresh(teacher, 0)
+    views = torch.randn(1, 1, 8, 16, 16)
+    larger = torch.nn.functional.interpolate(views, size=(8, 32, 32), mode="trilinear")
+    whole = teacher(larger).patches_BLD.reshape(1, 2, 2, 2, 2, 2, 64)
+    torch.testing.assert_close(anchor.patches(views), whole.mean(dim=(3, 5)).reshape(1, 8, 64))
