@@ -122,30 +122,55 @@ def _overrides(rest: Sequence[str]) -> dict[str, str]:
     return values
 
 
+def _fit(args: argparse.Namespace) -> recipes.Fit | None:
+    """Return what --preset fits the recipe to: the store's scans, GPUs counted or as stated."""
+    if args.preset is None:
+        return None
+    num_gpus = os.environ.get("WORLD_SIZE", "1") if args.preset == "auto" else args.preset
+    if not num_gpus.isdecimal():
+        raise ConfigError(f"--preset {args.preset!r} is neither auto nor a number of GPUs")
+    import torch
+
+    from tapct_fast.io.store import Store
+
+    memory_gib = None
+    if args.device != "cpu" and torch.cuda.is_available():
+        memory_gib = torch.cuda.get_device_properties(0).total_memory / 2**30
+    return recipes.Fit(int(num_gpus), len(Store.open(args.store).cases), memory_gib)
+
+
 def _train(args: argparse.Namespace) -> int:
-    config = recipes.override(recipes.recipe(args.recipe), _overrides(args.settings))
     _existing([args.store], "STORE")
+    recipe = recipes.recipe(args.recipe, fit=_fit(args))
+    config = recipes.override(recipe, _overrides(args.settings))
     probes = _existing(args.probe, "--probe"), _existing(args.probe_labels, "--probe-labels")
     from tapct_fast.monitor.dashboard import Dashboard
     from tapct_fast.monitor.probe import OnlineProbe
     from tapct_fast.train.loop import choose_backend, train
     from tapct_fast.train.observer import Observer
+    from tapct_fast.train.processes import started
 
-    observers: list[Observer] = [Dashboard(args.out, config)]
-    if any(probes):
-        device, _ = choose_backend(config, args.device)
-        num_steps, seed = config.train.num_steps, config.train.seed
-        probe = OnlineProbe(args.out, *probes, num_steps=num_steps, device=device, seed=seed)
-        observers.insert(0, probe)  # closed first: the page's last writing has its last score
-    train(
-        config,
-        args.store,
-        args.out,
-        resume=args.resume,
-        device=args.device,
-        progress=True,
-        observers=observers,
-    )
+    device, _ = choose_backend(config, args.device)
+    with started(os.environ, device.type) as processes:
+        observers: list[Observer] = []
+        if processes.is_first:
+            observers.append(Dashboard(args.out, config))
+        if processes.is_first and any(probes):
+            num_steps, seed = config.train.num_steps, config.train.seed
+            probe = OnlineProbe(args.out, *probes, num_steps=num_steps, device=device, seed=seed)
+            observers.insert(0, probe)  # closed first: the page's last writing has its last score
+        train(
+            config,
+            args.store,
+            args.out,
+            start=args.start,
+            distill=args.distill,
+            resume=args.resume,
+            device=args.device,
+            progress=True,
+            observers=observers,
+            processes=processes,
+        )
     return 0
 
 
@@ -394,8 +419,9 @@ def _parser() -> _Parser:
     train = verbs.add_parser(
         "train",
         help="pretrain a backbone with DINOv2",
-        description=f"Recipes: {', '.join(recipes.RECIPES)}. An interrupted run goes on where "
-        "it stopped, bit for bit, when the same command is given again.",
+        description=f"Recipes: {', '.join(recipes.RECIPES)}. Stages, behind a plus as in "
+        f"vit-b+high-res: {', '.join(recipes.STAGES)}. An interrupted run goes on where it "
+        "stopped, bit for bit, when the same command is given again.",
         epilog=_TRAIN_EPILOG + _train_settings(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -404,6 +430,18 @@ def _parser() -> _Parser:
         "store", type=Path, metavar="STORE", help="folder written by tapct-fast pack"
     )
     train.add_argument("--out", type=Path, required=True, metavar="DIR", help="checkpoints, logs")
+    train.add_argument(
+        "--start",
+        metavar="WEIGHTS",
+        help="begin with a backbone (exported folder, .safetensors, hub id; of a 2D network too), "
+        "whose heads are new, or with the teacher of another RUN and its heads",
+    )
+    train.add_argument(
+        "--distill",
+        type=Path,
+        metavar="RUN",
+        help="take the targets from the frozen teacher of another, larger run",
+    )
     train.add_argument(
         "--resume",
         choices=("auto", "never"),
@@ -426,6 +464,12 @@ def _parser() -> _Parser:
         default=[],
         metavar="LABELS",
         help="their label maps, in the order of the scans",
+    )
+    train.add_argument(
+        "--preset",
+        metavar="auto|N",
+        help="fit length, batch, momentum and prototypes of the recipe to the number of scans in "
+        "STORE and to the GPUs of this call (torchrun), or to N GPUs",
     )
     train.set_defaults(run=_train)
 

@@ -249,6 +249,29 @@ class LossConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GramConfig:
+    """Gram anchoring: similarities between patch tokens are held to those of an earlier teacher.
+
+    Defaults are DINOv3's for its 7B model, but that its anchor sees crops of twice the resolution.
+    """
+
+    weight: float = 2.0
+    start_step: int = 0  # the teacher as it is after so many steps is the first anchor
+    refresh_every: int = 10000  # steps, after which the teacher of then is the anchor
+    max_refreshes: int = 3
+    scale: float = 1.0  # by which views are enlarged in plane for the anchor
+
+    def __post_init__(self) -> None:
+        _require(self.weight > 0, f"gram.weight={self.weight} is not positive; give gram=None")
+        _require(
+            self.start_step >= 0 and self.refresh_every >= 1 and self.max_refreshes >= 0,
+            "gram.start_step and gram.max_refreshes must not be negative, and gram.refresh_every "
+            "must be positive",
+        )
+        _require(1 <= self.scale <= 4, f"gram.scale={self.scale} is not in [1, 4]")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class OptimConfig:
     """AdamW with DINOv2's parameter groups."""
 
@@ -276,8 +299,14 @@ class ScheduleConfig:
     teacher_temp: Range = (0.04, 0.07)
     teacher_temp_warmup_steps: int = 37500
     freeze_last_layer_steps: int = 1250
+    # The backbone's learning rate stays 0 while new heads settle, then it warms up too.
+    freeze_backbone_steps: int = 0
 
     def __post_init__(self) -> None:
+        _require(
+            self.freeze_backbone_steps >= 0,
+            f"schedule.freeze_backbone_steps={self.freeze_backbone_steps} is negative",
+        )
         _require(self.base_lr > 0, f"schedule.base_lr={self.base_lr} is not positive")
         _require_range("schedule.momentum", self.momentum, 0.0, 1.0)
         _require(
@@ -363,6 +392,7 @@ class Config:
     vit: VitConfig = field(default_factory=VitConfig)
     heads: HeadsConfig = field(default_factory=HeadsConfig)
     losses: LossConfig = field(default_factory=LossConfig)
+    gram: GramConfig | None = None
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)

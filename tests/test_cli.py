@@ -1,5 +1,6 @@
 """Every verb in one run from scans to probe; every wrong call is one line with the way out."""
 
+import argparse
 import dataclasses
 import json
 import re
@@ -14,7 +15,15 @@ from safetensors import safe_open
 
 from tapct_fast import cli, demo, recipes
 from tapct_fast.cli import main
-from tapct_fast.config import CropConfig, HeadConfig, HeadsConfig, TrainConfig, VitConfig
+from tapct_fast.config import (
+    Config,
+    CropConfig,
+    HeadConfig,
+    HeadsConfig,
+    TrainConfig,
+    VitConfig,
+    from_json,
+)
 from tapct_fast.data.phantom import make_phantom
 from tapct_fast.io.nifti import write_nifti
 
@@ -156,6 +165,9 @@ def test_a_wrong_argument_is_one_line_and_exit_code_2(
         (["train", "debug", store, "--out", out, "--vit.depth"], "--vit.depth has no value"),
         (["train", "debug", store, "--out", out, "--device", "tpu"], "--device"),
         (["train", "debug", missing, "--out", out], "STORE does not exist"),
+        (["train", "debug+big", store, "--out", out], "stages: continue, high-res, gram, distill"),
+        (["train", "debug", store, "--out", out, "--preset", "all"], "neither auto nor a number"),
+        (["train", "debug", store, "--out", out, "--preset", "0"], "fitted to GPUs and scans"),
         (["embed", missing, str(folder / "scans" / "0.nii.gz"), "--out", out], "hub id"),
         (["probe", missing, "--labels", str(folder / "labels-0.nii.gz")], "does not exist"),
         (["doctor", "--all"], "unrecognized arguments: --all"),
@@ -252,6 +264,41 @@ def test_bench_is_forwarded_to_the_repository_from_any_folder(
     monkeypatch.setattr(cli, "__file__", str(tmp_path / "site" / "tapct_fast" / "cli.py"))
     assert main(["bench", "list"]) == 2
     assert "clone the repository" in capfd.readouterr().err
+
+
+def test_a_run_starts_from_the_backbone_of_another_and_a_run_from_that(
+    packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, backbone, second, third = (str(tmp_path / n) for n in ("first", "bb", "second", "third"))
+    train = ["train", "debug", str(packed), "--device", "cpu", *TINY]
+    assert main([*train, "--out", first]) == 0
+    assert main(["export", first, backbone]) == 0
+    continued = ["train", "debug+continue", *train[2:], "--vit.image_zyx", "8,32,64"]
+    assert main([*continued, "--out", second, "--start", backbone]) == 0
+    assert "positions are resized from (2, 8, 8) to (2, 4, 8) tokens" in capsys.readouterr().err
+    assert main([*train, "--vit.image_zyx", "8,32,64", "--out", third, "--start", second]) == 0
+    code, error = _fails(capsys, [*train, "--out", f"{third}x", "--start", str(tmp_path / "none")])
+    assert (code, "neither a folder" in error) == (2, True)
+
+
+@pytest.mark.parametrize(("preset", "num_gpus"), [("auto", 1), ("2", 2)])
+def test_a_preset_fits_the_recipe_to_store_and_gpus_and_settings_come_last(
+    packed: Path, tmp_path: Path, preset: str, num_gpus: int
+) -> None:
+    train = ["train", "debug", str(packed), "--out", str(tmp_path), "--device", "cpu"]
+    assert main([*train, "--preset", preset, *TINY]) == 0
+    fitted = recipes.recipe("debug", fit=recipes.Fit(num_gpus, num_scans=1))
+    assert fitted.schedule != recipes.debug().schedule
+    expected = recipes.override(fitted, cli._overrides(TINY))
+    assert from_json(Config, (tmp_path / "config.json").read_text()) == expected
+
+
+def test_a_preset_counts_the_gpus_that_torchrun_started(
+    packed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    args = argparse.Namespace(preset="auto", store=packed, device="cpu")
+    assert cli._fit(args) == recipes.Fit(num_gpus=4, num_scans=1)
 
 
 def test_help_of_each_verb_says_what_it_needs(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,7 @@ import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -58,8 +58,8 @@ def export_backbone(
         InputError: There is no checkpoint, or ``out`` holds other files.
         CheckpointError: The checkpoint is damaged.
     """
-    named, config = _read_checkpoint(checkpoint_dir, which)
-    return _write(named, config.vit, _preprocess(config), out)
+    saved = read_checkpoint(checkpoint_dir, which)
+    return _write(saved.backbone(), saved.config.vit, _preprocess(saved.config), out)
 
 
 def read_teacher(checkpoint_dir: Path, *, device: str | torch.device) -> Backbone:
@@ -69,12 +69,12 @@ def read_teacher(checkpoint_dir: Path, *, device: str | torch.device) -> Backbon
         InputError: There is no checkpoint.
         CheckpointError: The checkpoint is damaged.
     """
-    named, config = _read_checkpoint(checkpoint_dir, "teacher")
+    saved = read_checkpoint(checkpoint_dir, "teacher")
     with torch.device("meta"):  # no time, and no random numbers, for initial values
-        vit = Vit(config.vit, config.hu)
-    vit.load_state_dict(check_state(config.vit, named), assign=True)
+        vit = Vit(saved.config.vit, saved.config.hu)
+    vit.load_state_dict(check_state(saved.config.vit, saved.backbone()), assign=True)
     place = torch.device(device)
-    backbone = Backbone(vit, _preprocess(config), precision=best_precision(place))
+    backbone = Backbone(vit, _preprocess(saved.config), precision=best_precision(place))
     return backbone.to(place).eval()
 
 
@@ -120,7 +120,29 @@ def _write(
     return out
 
 
-def _read_checkpoint(directory: Path, which: str) -> tuple[dict[str, Tensor], Config]:
+class SavedNetworks(NamedTuple):
+    """Student or teacher of a checkpoint."""
+
+    tensors: dict[str, Tensor]  # backbone.*, dino_head.*, ibot_head.*, and centers of the teacher
+    config: Config
+    sha256: str  # of the file they were read from
+
+    def backbone(self) -> dict[str, Tensor]:
+        """Return the backbone's tensors under ``Vit``'s names."""
+        return {
+            name.removeprefix(_BACKBONE_PREFIX): tensor
+            for name, tensor in self.tensors.items()
+            if name.startswith(_BACKBONE_PREFIX)
+        }
+
+
+def read_checkpoint(directory: Path, which: Literal["teacher", "student"]) -> SavedNetworks:
+    """Read one network with its heads from a run folder, newest intact checkpoint, or from one.
+
+    Raises:
+        InputError: There is no checkpoint.
+        CheckpointError: The checkpoint is damaged.
+    """
     if (directory / "manifest.json").is_file():
         return _read_step(directory, which)
     folders = (directory / "checkpoints").glob("step-*")
@@ -135,27 +157,24 @@ def _read_checkpoint(directory: Path, which: str) -> tuple[dict[str, Tensor], Co
             failures.append(f"{step.name}: {error}")
             continue
         if failures:
-            warnings.warn(f"exported {step.name}; {'; '.join(failures)}", stacklevel=3)
+            warnings.warn(f"read {step.name}; {'; '.join(failures)}", stacklevel=3)
         return found
     raise CheckpointError(f"no checkpoint is intact; {failures[0]}")
 
 
-def _read_step(step: Path, which: str) -> tuple[dict[str, Tensor], Config]:
+def _read_step(step: Path, which: str) -> SavedNetworks:
     """Read one checkpoint; the bytes that are hashed are the bytes that are parsed."""
+    name = f"{which}.safetensors"
     try:
         manifest = read_json(step / "manifest.json", "manifest")
         if (manifest["format"], manifest["version"]) != _CHECKPOINT:
             raise FormatError("manifest", "written by another version; export with that version")
         files = manifest["files"]
         config = from_json(Config, _verified(step, files, "config.json").decode())
-        tensors = load_tensors(_verified(step, files, f"{which}.safetensors"))
+        tensors = load_tensors(_verified(step, files, name))
+        return SavedNetworks(tensors, config, files[name]["sha256"])
     except (FormatError, ConfigError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"damaged: {str(error).splitlines()[0]}") from None
-    return {
-        name.removeprefix(_BACKBONE_PREFIX): tensor
-        for name, tensor in tensors.items()
-        if name.startswith(_BACKBONE_PREFIX)
-    }, config
 
 
 def _verified(step: Path, files: Any, name: str) -> bytes:

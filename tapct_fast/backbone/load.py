@@ -72,7 +72,7 @@ def load_backbone(
     """
     place = _device(device)
     files = find_files(path_or_repo, revision)
-    named = canonical_names(_read_tensors(files.weights))
+    named = canonical_names(read_tensors(files.weights))
     stated = read_config(files.config) if files.config else None
     config = stated if isinstance(stated, VitConfig) else read_architecture(named, stated)
     state = check_state(config, named)
@@ -195,7 +195,12 @@ def _check_sha256(files: BackboneFiles, known: str | None) -> None:
             )
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file.
+
+    Raises:
+        BackboneError: It is damaged.
+    """
     try:
         return load_file(path)  # checks that header, offsets and file size agree
     except SafetensorError as error:

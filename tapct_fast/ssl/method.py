@@ -23,9 +23,10 @@ from tapct_fast.model.heads import Projection, PrototypeHead
 from tapct_fast.model.vit import Vit
 from tapct_fast.ssl.centering import SoftmaxCenter
 from tapct_fast.ssl.dino import dino_loss
+from tapct_fast.ssl.gram import Anchor, gram_loss
 from tapct_fast.ssl.ibot import ibot_loss
 from tapct_fast.ssl.koleo import koleo_loss
-from tapct_kernels import SoftTargets, sinkhorn
+from tapct_kernels import SoftTargets, masked_gather, sinkhorn
 
 
 class Losses(NamedTuple):
@@ -40,6 +41,7 @@ class Losses(NamedTuple):
     dino_local: Tensor
     ibot: Tensor
     koleo: Tensor  # summed over the two global views
+    gram: Tensor  # 0 where no anchor is asked
 
 
 class Kept(NamedTuple):
@@ -58,6 +60,7 @@ class Encoded(NamedTuple):
     cls_ND: Tensor  # of the global views, normed
     dino: Projection
     ibot: Projection | None
+    patches_NLD: Tensor | None = None  # of the global views, normed, where they were asked for
 
 
 class Targets(NamedTuple):
@@ -107,19 +110,37 @@ class Networks(nn.Module):
         cls_ND, masked_MD = torch.split(rows_QD, [views_NCZYX.shape[0], index_M.shape[0]])
         return self._project(cls_ND, cls_ND, masked_MD)
 
-    def encode_student(self, batch: ViewBatch, kept: Kept | None = None) -> Encoded:
-        """Encode the masked global views and the local ones."""
+    def encode_student(
+        self,
+        batch: ViewBatch,
+        kept: Kept | None = None,
+        *,
+        is_masked: bool = True,
+        wants_patches: bool = False,
+    ) -> Encoded:
+        """Encode the global views, their tokens masked or not, and the local ones.
+
+        With ``wants_patches`` all patch tokens of the global views are returned too, at the price
+        of the last block in full.
+        """
         views_NCZYX, index_M = _as_volumes(batch.global_VBZYX), batch.masked_index_M
-        rows_QD = self.backbone.read_rows(
-            views_NCZYX, index_M, batch.mask_NL, kept_S2N=kept and kept.global_S2N
-        )
-        cls_ND, masked_MD = torch.split(rows_QD, [views_NCZYX.shape[0], index_M.shape[0]])
-        if not batch.local_VBZYX.shape[0]:
-            return self._project(cls_ND, cls_ND, masked_MD)
-        local_ND = self.backbone.read_rows(
-            _as_volumes(batch.local_VBZYX), index_M[:0], kept_S2N=kept and kept.local_S2N
-        )
-        return self._project(cls_ND, torch.cat([cls_ND, local_ND]), masked_MD)
+        mask_NL = batch.mask_NL if is_masked else None
+        kept_S2N = kept and kept.global_S2N
+        patches_NLD = None
+        if wants_patches:
+            output = self.backbone(views_NCZYX, mask_BL=mask_NL, kept_S2N=kept_S2N)
+            cls_ND, patches_NLD = output.cls_BD, output.patches_BLD
+            masked_MD = masked_gather(patches_NLD, index_M, None, None, 0, 0.0)
+        else:
+            rows_QD = self.backbone.read_rows(views_NCZYX, index_M, mask_NL, kept_S2N=kept_S2N)
+            cls_ND, masked_MD = torch.split(rows_QD, [views_NCZYX.shape[0], index_M.shape[0]])
+        all_cls_ND = cls_ND
+        if batch.local_VBZYX.shape[0]:
+            local_ND = self.backbone.read_rows(
+                _as_volumes(batch.local_VBZYX), index_M[:0], kept_S2N=kept and kept.local_S2N
+            )
+            all_cls_ND = torch.cat([cls_ND, local_ND])
+        return self._project(cls_ND, all_cls_ND, masked_MD)._replace(patches_NLD=patches_NLD)
 
     def encode_patches(self, views_NCZYX: Tensor) -> Tensor:
         """Return the normed patch tokens patches_NLD of some views."""
@@ -161,6 +182,8 @@ class DinoMethod(nn.Module):
         super().__init__()
         self.config = losses
         self.group_size = group_size
+        self.guide: Networks | None = None  # gives the targets in the teacher's place
+        self.anchor: Anchor | None = None
         self.student = Networks(vit, heads, hu)
         self.student.init_weights(seed)
         self.teacher = Networks(vit, heads, hu).requires_grad_(False)
@@ -168,6 +191,11 @@ class DinoMethod(nn.Module):
         if losses.centering == "softmax":
             self.dino_center = SoftmaxCenter(heads.dino.num_prototypes)
             self.ibot_center = SoftmaxCenter((heads.ibot or heads.dino).num_prototypes)
+
+    @property
+    def target_networks(self) -> Networks:
+        """The networks that give the targets: the guide's where there is one."""
+        return self.guide or self.teacher
 
     @property
     def centers(self) -> list[SoftmaxCenter]:
@@ -211,7 +239,12 @@ class DinoMethod(nn.Module):
         )
 
     def student_losses(
-        self, batch: ViewBatch, targets: Targets, kept: Kept | None = None
+        self,
+        batch: ViewBatch,
+        targets: Targets,
+        kept: Kept | None = None,
+        *,
+        is_anchored: bool = False,
     ) -> tuple[Losses, Tensor]:
         """Return the losses of one micro-batch, differentiable in the student.
 
@@ -219,11 +252,14 @@ class DinoMethod(nn.Module):
             batch: Views and masks.
             targets: Of this micro-batch.
             kept: The rows that drop path keeps; None drops nothing.
+            is_anchored: Add the Gram loss against the anchor.
 
         Returns:
             The losses, and the student's cls tokens of the global views, detached.
         """
-        cls_ND, dino_student, ibot_student = self.student.encode_student(batch, kept)
+        cls_ND, dino_student, ibot_student, patches_NLD = self.student.encode_student(
+            batch, kept, is_masked=self.guide is None, wants_patches=is_anchored
+        )
         temp = self.config.student_temp
         num_views = batch.global_VBZYX.shape[0] + batch.local_VBZYX.shape[0]
         features_VBK = _parts(dino_student.features_NK, num_views)
@@ -245,7 +281,12 @@ class DinoMethod(nn.Module):
             + self.config.ibot_weight * ibot
             + self.config.koleo_weight * koleo
         )
-        losses = Losses(total, dino.global_views, dino.local_views, ibot, koleo)
+        gram = total.new_zeros(())
+        if patches_NLD is not None:
+            assert self.anchor is not None, "only a run with an anchor asks for it"
+            gram = gram_loss(patches_NLD, self.anchor.patches(_as_volumes(batch.global_VBZYX)))
+            total = total + self.anchor.config.weight * gram
+        losses = Losses(total, dino.global_views, dino.local_views, ibot, koleo, gram)
         return losses, cls_ND.detach()
 
     def losses(
@@ -253,7 +294,7 @@ class DinoMethod(nn.Module):
     ) -> Losses:
         """Return the losses of a step of one micro-batch and one process."""
         with torch.no_grad():
-            encoded = self.teacher.encode_teacher(batch)
+            encoded = self.target_networks.encode_teacher(batch)
         (targets,) = self.targets([encoded], teacher_temp).of_micro_batches
         return self.student_losses(batch, targets, kept)[0]
 

@@ -22,6 +22,7 @@ class Multipliers(NamedTuple):
     lr: float
     weight_decay: float
     is_last_layer: bool
+    is_backbone: bool
 
 
 def multipliers(name: str, *, depth: int, config: OptimConfig) -> Multipliers:
@@ -35,8 +36,8 @@ def multipliers(name: str, *, depth: int, config: OptimConfig) -> Multipliers:
         depth: Blocks of the backbone.
         config: Layer decay and the extra factor of the patch embedding.
     """
-    layer = depth + 1
-    if name.startswith("backbone."):
+    layer, is_backbone = depth + 1, name.startswith("backbone.")
+    if is_backbone:
         block = re.match(r"backbone\.blocks\.(\d+)\.", name)
         if block:
             layer = int(block[1]) + 1
@@ -46,7 +47,7 @@ def multipliers(name: str, *, depth: int, config: OptimConfig) -> Multipliers:
     if "patch_embed" in name:
         lr *= config.patch_embed_lr_scale
     decays = not (name.endswith(".bias") or "norm" in name or "gamma" in name)
-    return Multipliers(lr, float(decays), "last_layer" in name)
+    return Multipliers(lr, float(decays), "last_layer" in name, is_backbone)
 
 
 class ParamGroup(NamedTuple):
@@ -79,5 +80,6 @@ def set_step_values(optimizer: torch.optim.AdamW, values: StepValues) -> None:
     """Set learning rate and weight decay of every group to those of one step."""
     for group in optimizer.param_groups:
         mult: Multipliers = group["multipliers"]
-        group["lr"] = (values.last_layer_lr if mult.is_last_layer else values.lr) * mult.lr
+        lr = values.last_layer_lr if mult.is_last_layer else values.lr
+        group["lr"] = lr * mult.lr * (values.backbone_scale if mult.is_backbone else 1.0)
         group["weight_decay"] = values.weight_decay * mult.weight_decay

@@ -19,6 +19,7 @@ class StepValues(NamedTuple):
     weight_decay: float
     momentum: float
     teacher_temp: float
+    backbone_scale: float = 1.0  # factor on the learning rates of the backbone
 
 
 def linear(start: float, end: float, *, step: int, num_steps: int) -> float:
@@ -71,4 +72,18 @@ def step_values(
         teacher_temp=linear(
             *config.teacher_temp, step=step, num_steps=config.teacher_temp_warmup_steps
         ),
+        backbone_scale=backbone_scale(config, step),
     )
+
+
+def backbone_scale(config: ScheduleConfig, step: int) -> float:
+    """Return 0 while the backbone is frozen, then a warm-up as long as the run's own, then 1.
+
+    AdamW's weight decay is multiplied by the learning rate, so a frozen backbone does not decay
+    either. Its moments still accumulate: those of the first steps behind untrained heads are
+    forgotten within 1 / (1 - beta2) = 1000 steps, and large second moments only slow its start.
+    """
+    if config.freeze_backbone_steps == 0:
+        return 1.0
+    after = step - config.freeze_backbone_steps
+    return 0.0 if after < 0 else linear(0.0, 1.0, step=after, num_steps=config.warmup_steps)

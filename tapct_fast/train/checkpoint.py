@@ -4,7 +4,8 @@
 ``DIR/checkpoints/step-00000100``, the run after 100 steps::
 
     student.safetensors    backbone.*, dino_head.*, ibot_head.*
-    teacher.safetensors    the same names, and dino_center.*, ibot_center.* with softmax centering
+    teacher.safetensors    the same names, dino_center.*, ibot_center.* with softmax centering, and
+                           anchor.* with Gram anchoring
     optimizer.safetensors  <name>.exp_avg, <name>.exp_avg_sq, <name>.step of the student's names,
                            and guard.*, see guard.py
     config.json            the run's config
@@ -40,6 +41,7 @@ VERSION = 2  # 2: guard.* in optimizer.safetensors, latest.json
 STATE = ("student", "teacher", "optimizer")
 LATEST = "latest.json"
 _GUARD = "guard."
+_BESIDE = ("dino_center.", "ibot_center.", "anchor.")
 # How fast a run is, and when it gives up, never what a healthy step computes: a resume may change
 # these.
 _FREE = ("train.num_workers", "train.read_timeout", _GUARD)
@@ -58,6 +60,8 @@ class Run(NamedTuple):
     fingerprint: str  # of the store
     backend: str  # device and precision, as logged
     guard: GuardState
+    start_sha256: str = ""  # of the weights it started from
+    guide_sha256: str = ""  # of those that give its targets
 
 
 def load_latest(
@@ -245,7 +249,12 @@ def versioned(content: dict[str, Any]) -> dict[str, Any]:
 
 def identity(run: Run) -> dict[str, Any]:
     """Return the store and what the bits of a step depend on besides config and store."""
-    return {"store": run.fingerprint, "environment": environment(run)}
+    return {
+        "store": run.fingerprint,
+        "start_sha256": run.start_sha256,
+        "guide_sha256": run.guide_sha256,
+        "environment": environment(run),
+    }
 
 
 def environment(run: Run) -> dict[str, Any]:
@@ -265,8 +274,8 @@ def tensors_of(run: Run, kind: str) -> dict[str, Tensor]:
     if kind == "student":
         return dict(method.student.state_dict())
     if kind == "teacher":
-        centers = {k: v for k, v in method.state_dict().items() if "_center." in k}
-        return method.teacher.state_dict() | centers
+        beside = {k: v for k, v in method.state_dict().items() if k.startswith(_BESIDE)}
+        return method.teacher.state_dict() | beside
     named = {
         f"{name}.{key}": tensor
         for name, parameter in method.student.named_parameters()
@@ -309,6 +318,12 @@ def _check_same_run(
             "the run to resume was trained on another store, or this one was packed anew; give "
             "the old store, or another --out for a new run"
         )
+    for option, key in (("--start", "start_sha256"), ("--distill", "guide_sha256")):
+        if state.get(key) != getattr(run, key):
+            raise CheckpointError(
+                f"the run to resume has other weights for {option}, or none; give the same "
+                f"{option}, or another --out for a new run"
+            )
     before, now = state.get("environment", {}), environment(run)
     changed = [f"{k} {before.get(k)} -> {v}" for k, v in now.items() if before.get(k) != v]
     if changed:

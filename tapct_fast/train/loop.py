@@ -23,13 +23,16 @@ from tapct_fast.io.atomic import write_atomic
 from tapct_fast.io.quarantine import Refusal, write_quarantine
 from tapct_fast.io.store import Store
 from tapct_fast.model.block import draw_kept_rows
+from tapct_fast.ssl.gram import anchor_step
 from tapct_fast.ssl.health import Evidence, measure
 from tapct_fast.ssl.method import DinoMethod, Kept
 from tapct_fast.ssl.param_groups import build_optimizer, param_groups
 from tapct_fast.ssl.schedules import StepValues, step_values
+from tapct_fast.train.anchor import make_anchor
 from tapct_fast.train.checkpoint import STATE, Run, has_run, load_latest, tensors_of
 from tapct_fast.train.checkpoint_writer import CheckpointWriter
 from tapct_fast.train.guard import NotFiniteError, Verdict, explain, start_guard
+from tapct_fast.train.guide import Guide, load_guide
 from tapct_fast.train.incident import capture
 from tapct_fast.train.log import RunLog, notify
 from tapct_fast.train.memory import memory_errors
@@ -37,6 +40,7 @@ from tapct_fast.train.observer import Observer
 from tapct_fast.train.processes import STEP_TIMEOUT, Processes
 from tapct_fast.train.rollback import must_roll_back, roll_back
 from tapct_fast.train.signals import StopSignals
+from tapct_fast.train.start import Start, read_start, start_from
 from tapct_fast.train.step import (
     Engine,
     MicroBatch,
@@ -66,6 +70,8 @@ def train(
     store_dir: Path,
     out_dir: Path,
     *,
+    start: str | Path | None = None,
+    distill: Path | None = None,
     resume: Literal["auto", "never"] = "auto",
     device: torch.device | str | None = None,
     progress: bool = False,
@@ -79,6 +85,10 @@ def train(
         store_dir: Folder written by ``pack``.
         out_dir: Gets ``config.json``, ``metrics.jsonl``, ``checkpoints/`` and ``tensorboard/``;
             and ``quarantine.jsonl``, if cases turn out damaged.
+        start: Weights that student and teacher start from, see ``train.start``; a run that goes on
+            must be given the same.
+        distill: Run whose frozen teacher gives the targets, see ``train.guide``; a run that goes on
+            must be given the same.
         resume: ``auto`` continues a run in ``out_dir``; ``never`` refuses a folder that holds one.
         device: By default CUDA where there is one, else the CPU.
         progress: Show a progress line on stderr.
@@ -98,7 +108,7 @@ def train(
             is intact.
         StoppedError: SIGTERM or SIGUSR1 came; the checkpoint of the step then at work is written.
     """
-    start = time.perf_counter()
+    began = time.perf_counter()
     processes = processes or Processes()
     store = Store.open(store_dir)
     if resume == "never" and has_run(out_dir):
@@ -117,7 +127,16 @@ def train(
         rank=processes.rank,
         world_size=processes.world_size,
     )
-    run = build_run(config, store.fingerprint, target, dtype, pipeline.renderer, processes)
+    run = build_run(
+        config,
+        store.fingerprint,
+        target,
+        dtype,
+        pipeline.renderer,
+        start=None if start is None else read_start(start, config, notify=notify),
+        guide=None if distill is None else load_guide(distill, config),
+        processes=processes,
+    )
     step = _resume(run, out_dir, processes)
     num_steps = config.train.num_steps
     if processes.is_first:
@@ -145,7 +164,7 @@ def train(
         num_steps=num_steps,
         final_loss=steps.last_loss,
         uniform_loss=uniform_loss(config),
-        seconds=time.perf_counter() - start,
+        seconds=time.perf_counter() - began,
     )
 
 
@@ -209,11 +228,20 @@ def build_run(
     device: torch.device,
     dtype: torch.dtype,
     renderer: str,
+    *,
+    start: Start | None = None,
+    guide: Guide | None = None,
     processes: Processes | None = None,
 ) -> Run:
     """Return a run as it starts; see ``ViewPipeline`` for the renderer."""
     processes = processes or Processes()
-    method = init_method(config).to(device)
+    method = init_method(config)
+    if start is not None:
+        start_from(method, start)
+    if guide is not None:
+        method.guide = guide.networks
+    method.anchor = make_anchor(config)
+    method.to(device)
     if processes.group is not None and config.train.parallel == "fsdp":
         processes.shard(method)
     groups = param_groups(method.student, depth=config.vit.depth, config=config.optim)
@@ -224,7 +252,16 @@ def build_run(
     if processes.group is not None:
         backend += f", {config.train.parallel} on {processes.world_size}"
     guard = start_guard(len(list(method.student.children())), device)
-    return Run(method, optimizer, config, fingerprint, backend, guard)
+    return Run(
+        method,
+        optimizer,
+        config,
+        fingerprint,
+        backend,
+        guard,
+        "" if start is None else start.sha256,
+        "" if guide is None else guide.sha256,
+    )
 
 
 def micro_batch(config: Config, position: int, groups: range, views: ViewBatch) -> MicroBatch:
@@ -387,7 +424,17 @@ class _Steps:
         )
         if processes.group is not None:  # where each of them hangs, should one do so
             faulthandler.dump_traceback_later(STEP_TIMEOUT.total_seconds(), exit=False)
-        result = train_step(self._run, batches, values, self._engine, is_asked=is_asked)
+        anchor = self._run.method.anchor
+        if anchor is not None:
+            anchor.refresh(self._run.method.teacher.backbone, step)
+        result = train_step(
+            self._run,
+            batches,
+            values,
+            self._engine,
+            is_anchored=anchor is not None and anchor_step(anchor.config, step) is not None,
+            is_asked=is_asked,
+        )
         processes.steps_began()
         return values, result
 
@@ -452,10 +499,11 @@ class _Steps:
         now, (then, before) = time.perf_counter(), self._mark
         rate = (done - before) * self._run.config.train.batch_size / (now - then)
         losses = metrics.losses
+        told = set(losses) - {"total"} - (set() if self._run.method.anchor else {"gram"})
         row: dict[str, Any] = {
             "step": done,
             "loss": losses["total"],
-            **{name: value for name, value in losses.items() if name != "total"},
+            **{name: value for name, value in losses.items() if name in told},
             **{f"grad_norm_{name}": value for name, value in metrics.grad_norms.items()},
             **values._asdict(),
             "skipped": metrics.verdict.skipped,

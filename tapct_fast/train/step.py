@@ -121,7 +121,7 @@ def build_engine(
     is_compiled = config.compile in ("on", "cuda-graphs") or (
         config.compile == "auto" and device.type == "cuda"
     )
-    encode, losses = method.teacher.encode_teacher, method.student_losses
+    encode, losses = method.target_networks.encode_teacher, method.student_losses
     if processes.is_sharded:
         # Hooks gather the weights of a part before it runs, so the parts are compiled.
         for block in [*blocks, *method.teacher.backbone.blocks] if is_compiled else ():
@@ -141,6 +141,7 @@ def train_step(
     values: StepValues,
     engine: Engine,
     *,
+    is_anchored: bool = False,
     is_asked: bool = False,
 ) -> StepResult:
     """Do one step in place.
@@ -150,6 +151,7 @@ def train_step(
         batches: The micro-batches of this process.
         values: The schedules at this step.
         engine: From ``build_engine``.
+        is_anchored: Add the Gram loss.
         is_asked: This process was asked to stop; all of them learn it from the step.
     """
     method, optimizer, processes = run.method, run.optimizer, engine.processes
@@ -162,7 +164,7 @@ def train_step(
     student_cls = []
     for (views, kept), wanted in zip(batches, targets.of_micro_batches, strict=True):
         with _rounded(run, engine):
-            losses, cls_ND = engine.student_losses(views, wanted, kept)
+            losses, cls_ND = engine.student_losses(views, wanted, kept, is_anchored=is_anchored)
         student_cls.append(cls_ND)
         (losses.total / len(batches)).backward()  # type: ignore[no-untyped-call]
         # A sum is finite only if every voxel is.

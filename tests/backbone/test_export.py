@@ -100,7 +100,7 @@ def test_a_flipped_bit_takes_the_checkpoint_before_and_says_so(
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 0x40
     path.write_bytes(data)
-    with pytest.warns(UserWarning, match=r"exported step-00000001; step-00000002: damaged"):
+    with pytest.warns(UserWarning, match=r"read step-00000001; step-00000002: damaged"):
         out = export_backbone(run_dir, tmp_path / "out")
     expected = make_run(1).method.teacher.backbone.state_dict()
     state = load_backbone(out).vit.state_dict()

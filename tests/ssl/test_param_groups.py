@@ -42,7 +42,8 @@ def test_multipliers_follow_the_table(
     name: str, lr: float, weight_decay: float, is_last_layer: bool
 ) -> None:
     got = multipliers(name, depth=DEPTH, config=CONFIG)
-    assert got == pytest.approx((lr, weight_decay, is_last_layer))
+    expected = (lr, weight_decay, is_last_layer, name.startswith("backbone."))
+    assert got == pytest.approx(expected)
 
 
 def student() -> Networks:
@@ -73,5 +74,12 @@ def test_a_frozen_last_layer_keeps_its_weights_but_gathers_moments() -> None:
     assert optimizer.state[frozen]["exp_avg"].abs().sum() > 0
     # First AdamW step with gradient 1: w (1 - lr wd) - lr.
     torch.testing.assert_close(moving.detach(), before[1] * (1 - 0.1 * 0.3) - 0.1)
+    set_step_values(optimizer, StepValues(0.1, 0.1, 0.3, 0.99, 0.04, backbone_scale=0.0))
+    backbone = {name: p.detach().clone() for name, p in networks.backbone.named_parameters()}
+    before = moving.detach().clone()
+    optimizer.step()
+    assert all(torch.equal(p, backbone[name]) for name, p in networks.backbone.named_parameters())
+    assert not torch.equal(moving, before)
+    set_step_values(optimizer, StepValues(0.1, 0.0, 0.3, 0.99, 0.04))
     rates = {group["multipliers"]: group["lr"] for group in optimizer.param_groups}
     assert rates[multipliers("backbone.blocks.0.mlp.fc1.bias", depth=3, config=CONFIG)] == 0.1 / 8

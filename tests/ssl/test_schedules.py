@@ -52,3 +52,13 @@ def test_a_run_shorter_than_its_warm_up_only_warms_up() -> None:
     config = ScheduleConfig(base_lr=1.0, warmup_steps=100)
     lrs = [step_values(config, step, num_steps=10, batch_size=1024).lr for step in range(10)]
     np.testing.assert_allclose(lrs, np.linspace(0, 1, 100)[:10], rtol=1e-12)
+
+
+def test_a_frozen_backbone_stands_still_then_warms_up_as_the_run_did() -> None:
+    config = ScheduleConfig(warmup_steps=5, freeze_backbone_steps=3, freeze_last_layer_steps=1)
+    got = [step_values(config, step, num_steps=20, batch_size=1024) for step in range(20)]
+    expected = [0.0] * 3 + list(np.linspace(0, 1, 5)) + [1.0] * 12
+    np.testing.assert_allclose([v.backbone_scale for v in got], expected, rtol=1e-12)
+    free = ScheduleConfig(warmup_steps=5, freeze_last_layer_steps=1)
+    others = [step_values(free, step, num_steps=20, batch_size=1024) for step in range(20)]
+    assert [v._replace(backbone_scale=1.0) for v in got] == others

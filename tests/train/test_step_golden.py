@@ -22,6 +22,7 @@ from tapct_fast.train.step import MicroBatch
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "step_losses.json"
 NUM_STEPS = 5
+FIELDS = [name for name in Losses._fields if name != "gram"]  # there is no anchor
 
 
 def waves(step: int, *shape: int) -> torch.Tensor:
@@ -53,10 +54,10 @@ def test_losses_of_the_first_steps_are_the_golden_ones(tiny_config: Config, cent
         values = step_values(config.schedule, step, num_steps=NUM_STEPS, batch_size=256)
         views = batch_at(step)
         metrics = do_step(run, [MicroBatch(views, kept_rows(config, views, step))], values)
-        rows.append([metrics.losses[name] for name in Losses._fields])
+        rows.append([metrics.losses[name] for name in FIELDS])
     stored = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
     if os.environ.get("TAPCT_WRITE_GOLDEN") == "1":
-        stored |= {"fields": Losses._fields, centering: rows}
+        stored |= {"fields": FIELDS, centering: rows}
         GOLDEN.write_text(json.dumps(stored, indent=1) + "\n")
     # 1e-4: five steps of float32 with sums in another order (thread count, instruction set).
     torch.testing.assert_close(
