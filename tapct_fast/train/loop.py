@@ -26,7 +26,7 @@ from tapct_fast.ssl.param_groups import build_optimizer, param_groups
 from tapct_fast.ssl.schedules import StepValues, step_values
 from tapct_fast.train.checkpoint import Run, has_run, load_latest
 from tapct_fast.train.checkpoint_writer import CheckpointWriter
-from tapct_fast.train.guard import NotFiniteError, start_guard
+from tapct_fast.train.guard import RefusedError, start_guard
 from tapct_fast.train.incident import capture
 from tapct_fast.train.log import RunLog, notify
 from tapct_fast.train.memory import memory_errors
@@ -73,8 +73,11 @@ def train(
         StoreReadError: A case could not be read, however often it was tried.
         StoreError: The store is missing or empty, or too many of its cases are damaged.
         CheckpointError: The run in ``out_dir`` has other settings or another store, or is damaged.
-        TrainError: A loss or gradient was not finite; the last checkpoint is intact.
-        StoppedError: SIGTERM or SIGUSR1 came; the checkpoint of the step then at work is written.
+        CheckpointWriteError: A checkpoint could not be written; those before are intact.
+        TrainError: A number was not finite, and the last checkpoint is intact; or the first steps
+            do not fit into memory.
+        StoppedError: SIGTERM or SIGUSR1 came, and the checkpoint of the step then at work is
+            written; or a step did not fit into memory, and the last checkpoint is intact.
     """
     start = time.perf_counter()
     store = Store.open(store_dir)
@@ -206,7 +209,7 @@ def _run_steps(
                     clip_norm=config.optim.clip_norm,
                     dtype=dtype,
                 )
-            except NotFiniteError as error:
+            except RefusedError as error:
                 writer.wait()
                 capture(
                     out_dir,

@@ -14,7 +14,7 @@ from tapct_fast.errors import ConfigError, InputError, TrainError
 from tapct_fast.io.store import Store
 from tapct_fast.ssl.schedules import step_values
 from tapct_fast.train.checkpoint import Run, folders, load, newest_intact, step_of
-from tapct_fast.train.guard import NotFiniteError
+from tapct_fast.train.guard import RefusedError
 from tapct_fast.train.incident import read_incident
 from tapct_fast.train.log import METRICS
 from tapct_fast.train.loop import build_run, choose_backend, drop_seed
@@ -101,13 +101,13 @@ def replay(
     for at in range(start, step - 1):
         try:
             do(at)
-        except NotFiniteError as error:
+        except RefusedError as error:
             raise TrainError(f"step {at + 1}, before the one to replay: {error}") from None
     cause = ""
     with first_not_finite(run.method) as (modules, gradients):
         try:
             now = do(step - 1)
-        except NotFiniteError as error:
+        except RefusedError as error:
             now, cause = Numbers(error.losses, error.grad_norms), str(error)
     return Replay(
         step,

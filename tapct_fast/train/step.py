@@ -16,7 +16,7 @@ from tapct_fast.ssl.ema import update_teacher
 from tapct_fast.ssl.method import DinoMethod, Losses
 from tapct_fast.ssl.param_groups import set_step_values
 from tapct_fast.ssl.schedules import StepValues
-from tapct_fast.train.guard import NotFiniteError, explain, moments_finite
+from tapct_fast.train.guard import RefusedError, explain, moments_finite
 
 
 class StepMetrics(NamedTuple):
@@ -49,7 +49,7 @@ def train_step(
         dtype: What matrix products are rounded to; losses and weights stay float32.
 
     Raises:
-        NotFiniteError: A loss, gradient or moment is not finite. Weights, optimizer and teacher are
+        RefusedError: A loss, gradient or moment is not finite. Weights, optimizer and teacher are
             unchanged.
     """
     student = method.student
@@ -87,7 +87,7 @@ def train_step(
             networks={"student": student, "teacher": method.teacher},
             optimizer=optimizer,
         )
-        raise NotFiniteError(cause, losses_by_name, norms_by_name)
+        raise RefusedError(cause, losses_by_name, norms_by_name)
 
     set_step_values(optimizer, values)
     optimizer.step()

@@ -173,7 +173,7 @@ def test_one_number_that_is_not_finite_is_found_by_name(
 
 def test_large_finite_numbers_are_no_damage(config: Config, tmp_path: Path) -> None:
     run = build_stepped(config)
-    run.method.student.backbone.norm.weight.data.fill_(3e38)  # a sum of squares would overflow
+    run.method.student.backbone.norm.weight.data.fill_(1e30)  # a sum of squares would overflow
     save(run, tmp_path, 1)
 
 
