@@ -18,7 +18,7 @@ RECENT = 20  # rows that are judged, by their median
 FEWEST = 5  # rows below which nothing is said
 
 UNIFORM_MARGIN = 0.005  # of ln P
-WORSE_MARGIN = 0.02  # of ln P
+WORSE_MARGIN, FAR_WORSE_MARGIN = 0.02, 0.1  # of ln P
 UNIFORM_ENTROPY = 0.985  # of ln P; DINO, arXiv:2104.14294 section 5.3: collapse is 0 or ln P
 SHARP_ENTROPY = 0.05  # nats; e^0.05: 1.05 prototypes per row
 FEW_PROTOTYPES, ONE_PROTOTYPE = 0.05, 0.01
@@ -120,7 +120,8 @@ def _cross_entropy(loss: HeadLoss) -> Finding:
             "knows nothing. Usually the learning rate is too high; lower schedule.base_lr or "
             "lengthen schedule.warmup_steps."
         )
-        return Finding("warn", loss.title, text, rule)
+        is_far = value > (1 + FAR_WORSE_MARGIN) * level
+        return Finding("bad" if is_far else "warn", loss.title, text, rule)
     if value > (1 - UNIFORM_MARGIN) * level:
         text = (
             f"{loss.title} equals {name}: the head is uniform, its output says nothing. Usually "
@@ -282,7 +283,8 @@ def _gradients(record: Record) -> list[Finding]:
         value, lowest = _recent(rows, name), _lowest(rows, name)
         if value is None:
             continue
-        if float((norm_N > clip).mean()) >= CLIPPED_SHARE:
+        # Right after the warm-up a few clipped steps are usual: all recent rows must be there.
+        if norm_N.size >= RECENT and float((norm_N > clip).mean()) >= CLIPPED_SHARE:
             text = (
                 f"The gradient of the {part} is clipped at every step (norm {value:.3g}, clip "
                 f"{clip:g}): its length says nothing any more. Lower schedule.base_lr or lengthen "
