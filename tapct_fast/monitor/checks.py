@@ -91,8 +91,9 @@ def _finite(record: Record) -> list[Finding]:
     names = ("loss", "dino_global", "dino_local", "ibot", "koleo")
     if not record.rows:
         return []
-    last = record.rows[-1]
-    broken = [name for name in names if not np.isfinite(last.get(name, 0.0))]
+    # A run that counts skipped steps survives a few; one that does not has ended at the first.
+    last = record.rows[-FEWEST:] if "skipped" in record.rows[-1] else record.rows[-1:]
+    broken = [name for name in names if not any(np.isfinite(row.get(name, 0.0)) for row in last)]
     rule = "every loss is a number"
     if broken:
         text = (
@@ -105,9 +106,8 @@ def _finite(record: Record) -> list[Finding]:
 
 def _cross_entropies(record: Record) -> list[Finding]:
     rows = _settled(record)[-RECENT:]
-    if len(rows) < FEWEST:
-        return []
-    return [_cross_entropy(loss) for loss in head_losses(record.config, rows)]
+    losses = head_losses(record.config, rows)
+    return [_cross_entropy(loss) for loss in losses if len(loss.value_N) >= FEWEST]
 
 
 def _cross_entropy(loss: HeadLoss) -> Finding:
@@ -325,10 +325,10 @@ def _rates(record: Record) -> list[Finding]:
 
 
 def _skips(record: Record) -> list[Finding]:
-    if not record.rows or "skipped" not in record.rows[-1]:
+    _, skipped_N = column(record.rows[-RECENT:], "skipped")
+    if not skipped_N.size:
         return []
-    num, step = int(record.rows[-1]["skipped"]), record.step
-    before = int(record.rows[-RECENT:][0].get("skipped", 0))
+    before, num, step = int(skipped_N[0]), int(skipped_N[-1]), record.step
     rule = f"none; bad above {percent(SKIPPED_SHARE)} of the steps"
     if not num:
         return [Finding("ok", "skipped steps", "No step was skipped.", rule)]

@@ -220,7 +220,9 @@ def _tiles(record: Record) -> list[tuple[str, str, str]]:
     else:
         remark = f"of {num_steps:,}, {duration(record.eta_seconds)} to go"
     tiles = [("step", f"{record.step:,}", remark)]
-    for loss in head_losses(record.config, rows[-10:]) if rows else ():
+    for loss in head_losses(record.config, rows[-10:]):
+        if not loss.value_N:
+            continue
         uniform = f"uniform {loss.uniform:.2f}"
         tiles.append((loss.title, f"{sum(loss.value_N) / len(loss.value_N):.2f}", uniform))
     rank, rate, wait = (

@@ -4,6 +4,7 @@ A row is one line of ``metrics.jsonl`` (see ``train.log``) or ``probe.jsonl`` (`
 """
 
 import json
+import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -90,10 +91,14 @@ def _parse(line: bytes) -> Row | None:
 
 
 def column(rows: Iterable[Row], name: str) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Return the steps and values of the rows that have a number called ``name``."""
-    pairs = [(row["step"], row[name]) for row in rows if isinstance(row.get(name), int | float)]
+    """Return the steps and values of the rows that have a finite number called ``name``."""
+    pairs = [(row["step"], row[name]) for row in rows if _is_number(row.get(name))]
     step_N, value_N = zip(*pairs, strict=True) if pairs else ((), ())
     return np.array(step_N, np.int64), np.array(value_N, np.float64)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def latest(rows: Sequence[Row], name: str, *, num: int = 10) -> float | None:

@@ -9,8 +9,10 @@ import pytest
 
 from tapct_fast import recipes
 from tapct_fast.monitor.checks import Finding
+from tapct_fast.monitor.dashboard import render_dashboard
 from tapct_fast.monitor.record import Record, read_record
 from tapct_fast.monitor.verdict import headline, judge, worst
+from tapct_fast.monitor.watch import render
 
 LN = math.log(128)
 
@@ -131,6 +133,15 @@ def test_steps_that_are_skipped_more_and_more_are_bad(steady: Record) -> None:
     assert finding.severity == "warn"
 
 
+def test_the_loss_of_one_skipped_step_is_no_overflow(steady: Record) -> None:
+    skipped = changed(steady, last=1, loss=math.nan, skipped=1)
+    (finding,) = findings(skipped)
+    assert (finding.severity, finding.about) == ("warn", "skipped steps")
+    rows = [{k: v for k, v in row.items() if k != "skipped"} for row in skipped.rows]
+    (finding,) = findings(steady._replace(rows=rows))
+    assert (finding.severity, finding.about) == ("bad", "losses")
+
+
 def test_one_outlier_is_no_finding(steady: Record) -> None:
     assert not findings(changed(steady, last=3, effective_rank=1.0, data_wait=0.9, ibot=9.0))
 
@@ -166,6 +177,23 @@ def test_an_older_run_without_health_numbers_is_judged_by_its_losses(steady: Rec
     found = judge(steady._replace(rows=rows))
     assert worst(found) == "ok"
     assert {"DINO loss", "iBOT loss"} <= {f.about for f in found}
+
+
+@pytest.mark.parametrize("value", ["absent", math.nan, math.inf, 0])
+def test_no_number_of_a_row_whatever_it_is_breaks_verdict_view_or_page(
+    steady: Record, value: Any
+) -> None:
+    # They are made while the run is on: an error in them would end it.
+    for name in steady.rows[0]:
+        if name == "step":
+            continue
+        for last in (1, 100):
+            odd = changed(steady, last=last, **{name: value})
+            if value == "absent":
+                rows = [{k: v for k, v in row.items() if v != "absent"} for row in odd.rows]
+                odd = odd._replace(rows=rows)
+            assert render(odd, judge(odd)).isascii()
+        assert render_dashboard(odd, is_running=True).endswith("</html>\n")
 
 
 def test_silence_is_told_unless_the_run_has_finished(steady: Record) -> None:
