@@ -1,5 +1,6 @@
 import base64
 import dataclasses
+import math
 import re
 import struct
 import zlib
@@ -188,6 +189,24 @@ def test_a_long_curve_is_thinned_and_keeps_its_extremes(report: Report) -> None:
     # The two outliers are the lowest and the highest point, at their steps.
     assert x[y.argmax()] == pytest.approx(x[0] + (x[-1] - x[0]) * 777 / 19_999, abs=1)
     assert x[y.argmin()] == pytest.approx(x[0] + (x[-1] - x[0]) * 12_345 / 19_999, abs=1)
+
+
+def test_intervals_of_a_curve_stand_at_their_values_and_widen_the_scale(report: Report) -> None:
+    interval_N2 = [(0.3, 0.7), (math.nan, math.nan), (0.5, 0.9)]
+    curve = Curve("Dice", [0, 1, 2], [0.5, 0.6, 0.7], interval_N2=interval_N2)
+    page = Page(render_report(dataclasses.replace(report, curves=[curve])))
+    (raw,) = page.all("polyline", "raw")
+    x, y = np.array([p.split(",") for p in (raw["points"] or "").split()], float).T
+    slope = (y[2] - y[0]) / 0.2
+    found = [
+        [float(line[k] or 0) for k in ("x1", "y1", "y2")] for line in page.all("line", "interval")
+    ]
+    expected = [
+        [x[i], y[0] + slope * (a - 0.5), y[0] + slope * (b - 0.5)]
+        for i, a, b in ((0, 0.3, 0.7), (2, 0.5, 0.9))
+    ]
+    assert np.allclose(found, expected, atol=0.3)  # coordinates have one decimal
+    assert 0 < min(min(row[1:]) for row in found) < max(max(row[1:]) for row in found) < 250
 
 
 def test_values_that_are_no_numbers_are_left_out_of_a_curve(report: Report) -> None:

@@ -67,7 +67,8 @@ def count(num: int, what: str) -> str:
     return f"{num} {what}{'' if num == 1 else 's'}"
 
 
-def _settled(record: Record) -> Sequence[Row]:
+def settled_rows(record: Record) -> Sequence[Row]:
+    """Return the rows by which losses, targets and features are judged."""
     first = settled_step(record)
     return [row for row in record.rows if row["step"] > first]
 
@@ -105,7 +106,7 @@ def _finite(record: Record) -> list[Finding]:
 
 
 def _cross_entropies(record: Record) -> list[Finding]:
-    rows = _settled(record)[-RECENT:]
+    rows = settled_rows(record)[-RECENT:]
     losses = head_losses(record.config, rows)
     return [_cross_entropy(loss) for loss in losses if len(loss.value_N) >= FEWEST]
 
@@ -138,7 +139,7 @@ def _entropies(record: Record) -> list[Finding]:
     return [
         finding
         for head, name in (("dino", "DINO"), ("ibot", "iBOT"))
-        for finding in _entropy(_settled(record), head, name)
+        for finding in _entropy(settled_rows(record), head, name)
     ]
 
 
@@ -172,7 +173,7 @@ def _entropy(rows: Sequence[Row], head: str, name: str) -> list[Finding]:
 def _usages(record: Record) -> list[Finding]:
     found = []
     for head, name in (("dino", "DINO"), ("ibot", "iBOT")):
-        value = _recent(_settled(record), f"prototype_usage_{head}")
+        value = _recent(settled_rows(record), f"prototype_usage_{head}")
         if value is not None:
             few = (
                 f"Few {name} prototypes are in use ({percent(value, 1)} of what the rows allow). "
@@ -191,7 +192,7 @@ def _usages(record: Record) -> list[Finding]:
 
 
 def _ranks(record: Record) -> list[Finding]:
-    value = _recent(_settled(record), "effective_rank")
+    value = _recent(settled_rows(record), "effective_rank")
     if value is None:
         return []
     collapsed = (
@@ -208,7 +209,7 @@ def _ranks(record: Record) -> list[Finding]:
 
 
 def _distances(record: Record) -> list[Finding]:
-    value = _recent(_settled(record), "koleo_distance")
+    value = _recent(settled_rows(record), "koleo_distance")
     if value is None:
         return []
     none = (
@@ -238,7 +239,7 @@ def _at_least(
 
 
 def _patches(record: Record) -> list[Finding]:
-    rows = _settled(record)
+    rows = settled_rows(record)
     value, lowest = _recent(rows, "patch_similarity"), _lowest(rows, "patch_similarity")
     if value is None:
         return []
@@ -267,7 +268,7 @@ def _patches(record: Record) -> list[Finding]:
 
 
 def _gradients(record: Record) -> list[Finding]:
-    rows, clip = _settled(record), record.config.optim.clip_norm
+    rows, clip = settled_rows(record), record.config.optim.clip_norm
     if len(rows) < FEWEST:
         return []
     rule = (

@@ -156,6 +156,8 @@ class OnlineProbe:
             row = {"error": error.strerror or type(error).__name__}
         finally:
             shutil.rmtree(kept, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                kept.parent.rmdir()
         row = {"step": step, **row, "seconds": round(time.monotonic() - start, 1)}
         with contextlib.suppress(OSError):  # a full disk: the run's own writes will say so
             self._append(row)

@@ -66,7 +66,7 @@ def test_scores_are_those_of_the_exported_teacher(
         assert found == [round(v, 4) for v in (result.mean_dice, *result.interval)]
     assert 0.05 < row["knn"] < 1
     assert (row["step"], row["num_scans"]) == (60, 4)
-    assert not (out / ".probe").exists() or not list((out / ".probe").iterdir())
+    assert {path.name for path in out.iterdir()} == {"probe.jsonl"}
 
 
 def test_it_is_deterministic_draws_nothing_and_survives_the_removal_of_the_checkpoint(
