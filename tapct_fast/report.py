@@ -44,7 +44,8 @@ class Curve(NamedTuple):
     """One number over the steps.
 
     ``uniform`` is drawn as a dashed line: of a loss, its value for a student that knows nothing; of
-    another number, a value to be told from.
+    another number, a value to be told from. ``interval_N2`` has the ends of each value's interval,
+    NaN where there is none.
     """
 
     title: str
@@ -53,6 +54,7 @@ class Curve(NamedTuple):
     uniform: float | None = None
     uniform_text: str = ""
     remark: str = ""
+    interval_N2: Sequence[tuple[float, float]] = ()
 
 
 class Interval(NamedTuple):
@@ -219,7 +221,12 @@ def _curve(curve: Curve) -> str:
     step_N, value_N = step_N[is_number_N], value_N[is_number_N]
     if not value_N.size:
         return ""
-    seen_N = value_N if curve.uniform is None else np.append(value_N, curve.uniform)
+    interval_N2 = np.full((is_number_N.size, 2), np.nan)
+    if curve.interval_N2:
+        interval_N2 = np.asarray(curve.interval_N2, float)
+    interval_N2 = interval_N2[is_number_N]
+    levels = [] if curve.uniform is None else [curve.uniform]
+    seen_N = np.concatenate([value_N, levels, interval_N2[np.isfinite(interval_N2)]])
     pad = 0.06 * (float(np.ptp(seen_N)) or 1.0)
     low, high = float(seen_N.min()) - pad, float(seen_N.max()) + pad
     last = float(step_N.max()) or 1.0
@@ -249,6 +256,12 @@ def _curve(curve: Curve) -> str:
     parts.append(
         f'<text x="{(left + width - right) / 2}" y="{height - 2}" text-anchor="middle">step</text>'
     )
+    parts += [
+        f'<line class="interval" x1="{at_x(step):.1f}" x2="{at_x(step):.1f}" '
+        f'y1="{at_y(start):.1f}" y2="{at_y(end):.1f}"/>'
+        for step, (start, end) in zip(step_N, interval_N2, strict=True)
+        if np.isfinite(start + end)
+    ]
     parts += [line(value_N, "raw"), line(_running_mean(value_N), "mean")]
     if curve.uniform is not None:
         y = at_y(curve.uniform)
@@ -385,6 +398,7 @@ svg text{font-size:12px;fill:var(--soft);font-variant-numeric:tabular-nums}
 .grid{stroke:var(--faint)}
 .raw{fill:none;stroke:#b9d2f8;stroke-width:1.2}
 .mean{fill:none;stroke:var(--blue);stroke-width:2.2;stroke-linejoin:round}
+line.interval{stroke:#a9c7f5;stroke-width:3}
 line.uniform{stroke:var(--red);stroke-dasharray:5 4;stroke-width:1.3}
 svg text.uniform{fill:var(--red)}
 table{border-collapse:collapse;width:100%;font-size:14px}

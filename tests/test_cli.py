@@ -64,10 +64,21 @@ def test_every_verb_runs_from_scans_to_probe(
     assert main(["locate", store, refused["case"], str(folder / "scans")]) == 0
     assert capsys.readouterr().out.strip() == str(folder / "scans" / "3.nii.gz")
 
-    assert main(["train", "debug", store, "--out", run, "--device", "cpu", *TINY]) == 0
+    labels = [str(folder / f"labels-{i}.nii.gz") for i in range(3)]
+    probe = ["--probe", *scans[:2], "--probe-labels", *labels[:2]]
+    assert main(["train", "debug", store, "--out", run, "--device", "cpu", *probe, *TINY]) == 0
     rows = [json.loads(row) for row in (Path(run) / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert all(np.isfinite(row["loss"]) for row in rows)
+    scores = [json.loads(row) for row in (Path(run) / "probe.jsonl").read_text().splitlines()]
+    assert {row["step"] for row in scores} == {2, 3}
+    assert "linear" in scores[-1]
+    assert "at step 3 of 3" in (Path(run) / "dashboard.html").read_text()
+    capsys.readouterr()
+    assert main(["watch", run, "--once"]) == 70  # TINY has fewer steps than the last layer waits
+    view = capsys.readouterr().out
+    assert view.startswith("step 3 of 3 (100 %), finished")
+    assert "bad: learning rate: The last layer never trains" in view
 
     assert main(["export", run, backbone]) == 0
     assert main(["export", run, f"{backbone}.pth", "--format", "nnunet"]) == 0
@@ -80,7 +91,6 @@ def test_every_verb_runs_from_scans_to_probe(
     assert main(["embed", backbone, *scans, "--out", features]) == 0
     assert "embedded 0, already there 3, quarantined 0" in capsys.readouterr().out
 
-    labels = [str(folder / f"labels-{i}.nii.gz") for i in range(3)]
     assert main(["probe", features, "--folds", "3", "--labels", *labels]) == 0
     table = capsys.readouterr().out
     assert "linear head" in table
@@ -168,6 +178,13 @@ def test_a_wrong_argument_is_one_line_and_exit_code_2(
         (["train", "debug+big", store, "--out", out], "stages: continue, high-res, gram, distill"),
         (["train", "debug", store, "--out", out, "--preset", "all"], "neither auto nor a number"),
         (["train", "debug", store, "--out", out, "--preset", "0"], "fitted to GPUs and scans"),
+        (["train", "debug", store, "--out", out, "--probe", missing], "--probe does not exist"),
+        (
+            ["train", "debug", store, "--out", out, "--probe", store, store],
+            "0 --probe-labels for 2 --probe scans",
+        ),
+        (["watch", str(empty)], "DIR holds no run"),
+        (["watch", out, "--every", "0"], "0 is not a positive number"),
         (["embed", missing, str(folder / "scans" / "0.nii.gz"), "--out", out], "hub id"),
         (["probe", missing, "--labels", str(folder / "labels-0.nii.gz")], "does not exist"),
         (["doctor", "--all"], "unrecognized arguments: --all"),
@@ -308,6 +325,7 @@ def test_help_of_each_verb_says_what_it_needs(capsys: pytest.CaptureFixture[str]
         "locate": "STORE CASE SRC",
         "train": "--schedule.base_lr",
         "replay": "RUN STORE",
+        "watch": "[--once] [--json] DIR",
         "export": "RUN OUT",
         "check": "[--slices N] [--json FILE]",
         "embed": "BACKBONE SCAN",
@@ -340,7 +358,7 @@ def test_written_weights_are_safetensors(packed: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert main(["train", "debug", str(packed), "--out", str(run), "--device", "cpu", *TINY]) == 0
     files = [p for p in run.rglob("*") if p.is_file() and "tensorboard" not in p.parts]
-    assert {p.suffix for p in files} == {".safetensors", ".json", ".jsonl"}
+    assert {p.suffix for p in files} == {".safetensors", ".json", ".jsonl", ".html"}
     (student,) = run.glob("checkpoints/step-00000003/student.safetensors")
     with safe_open(student, framework="np") as tensors:
         assert "backbone.cls_token" in tensors.keys()  # noqa: SIM118  # not a mapping

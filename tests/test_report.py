@@ -1,5 +1,6 @@
 import base64
 import dataclasses
+import math
 import re
 import struct
 import zlib
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from tapct_fast.report import (
+    MAX_POINTS,
     Curve,
     Figure,
     Interval,
@@ -144,7 +146,7 @@ def test_text_cannot_become_markup(report: Report) -> None:
             tiles=[(evil, evil, evil)],
             figures=[figure],
             legend=[(evil, (0, 0, 0))],
-            curves=[report.curves[0]._replace(title=evil, uniform_text=evil)],
+            curves=[report.curves[0]._replace(title=evil, uniform_text=evil, remark=evil)],
             scores=[report.scores[0]._replace(name=evil, beside=evil)],
             stages=[(evil, 1.0)],
             facts=[(evil, evil)],
@@ -157,7 +159,7 @@ def test_text_cannot_become_markup(report: Report) -> None:
     assert "<script" not in text
     page = Page(text)
     assert not page.open
-    assert page.text.count(evil) == 20
+    assert page.text.count(evil) == 21
 
 
 def test_a_curve_puts_values_and_the_uniform_constant_on_one_scale(report: Report) -> None:
@@ -172,6 +174,48 @@ def test_a_curve_puts_values_and_the_uniform_constant_on_one_scale(report: Repor
     assert slope < 0
     assert y[1] == pytest.approx(y[0] + slope * (6.1 - 6.3), abs=0.11)
     assert float(uniform["y1"] or 0) == pytest.approx(y[0] + slope * (6.2383 - 6.3), abs=0.11)
+
+
+def test_a_long_curve_is_thinned_and_keeps_its_extremes(report: Report) -> None:
+    value_N = np.random.default_rng(0).normal(size=20_000)
+    value_N[[777, 12_345]] = -9, 11
+    curve = Curve("DINO", list(range(20_000)), value_N.tolist(), remark="of 20,000 steps")
+    page = Page(render_report(dataclasses.replace(report, curves=[curve])))
+    assert "of 20,000 steps" in page.text
+    (raw,) = page.all("polyline", "raw")
+    x, y = np.array([p.split(",") for p in (raw["points"] or "").split()], float).T
+    assert len(x) <= MAX_POINTS
+    assert (np.diff(x) >= 0).all()
+    # The two outliers are the lowest and the highest point, at their steps.
+    assert x[y.argmax()] == pytest.approx(x[0] + (x[-1] - x[0]) * 777 / 19_999, abs=1)
+    assert x[y.argmin()] == pytest.approx(x[0] + (x[-1] - x[0]) * 12_345 / 19_999, abs=1)
+
+
+def test_intervals_of_a_curve_stand_at_their_values_and_widen_the_scale(report: Report) -> None:
+    interval_N2 = [(0.3, 0.7), (math.nan, math.nan), (0.5, 0.9)]
+    curve = Curve("Dice", [0, 1, 2], [0.5, 0.6, 0.7], interval_N2=interval_N2)
+    page = Page(render_report(dataclasses.replace(report, curves=[curve])))
+    (raw,) = page.all("polyline", "raw")
+    x, y = np.array([p.split(",") for p in (raw["points"] or "").split()], float).T
+    slope = (y[2] - y[0]) / 0.2
+    found = [
+        [float(line[k] or 0) for k in ("x1", "y1", "y2")] for line in page.all("line", "interval")
+    ]
+    expected = [
+        [x[i], y[0] + slope * (a - 0.5), y[0] + slope * (b - 0.5)]
+        for i, a, b in ((0, 0.3, 0.7), (2, 0.5, 0.9))
+    ]
+    assert np.allclose(found, expected, atol=0.3)  # coordinates have one decimal
+    assert 0 < min(min(row[1:]) for row in found) < max(max(row[1:]) for row in found) < 250
+
+
+def test_values_that_are_no_numbers_are_left_out_of_a_curve(report: Report) -> None:
+    curve = Curve("DINO", [0, 1, 2, 3], [1.0, float("nan"), 2.0, float("inf")])
+    page = Page(render_report(dataclasses.replace(report, curves=[curve])))
+    (raw,) = page.all("polyline", "raw")
+    assert len((raw["points"] or "").split()) == 2
+    empty = curve._replace(value_N=[float("nan")] * 4)
+    assert "polyline" not in render_report(dataclasses.replace(report, curves=[empty]))
 
 
 def test_whiskers_stand_where_the_interval_says(report: Report) -> None:

@@ -18,7 +18,7 @@ RECENT = 20  # rows that are judged, by their median
 FEWEST = 5  # rows below which nothing is said
 
 UNIFORM_MARGIN = 0.005  # of ln P
-WORSE_MARGIN = 0.02  # of ln P
+WORSE_MARGIN, FAR_WORSE_MARGIN = 0.02, 0.1  # of ln P
 UNIFORM_ENTROPY = 0.985  # of ln P; DINO, arXiv:2104.14294 section 5.3: collapse is 0 or ln P
 SHARP_ENTROPY = 0.05  # nats; e^0.05: 1.05 prototypes per row
 FEW_PROTOTYPES, ONE_PROTOTYPE = 0.05, 0.01
@@ -67,7 +67,8 @@ def count(num: int, what: str) -> str:
     return f"{num} {what}{'' if num == 1 else 's'}"
 
 
-def _settled(record: Record) -> Sequence[Row]:
+def settled_rows(record: Record) -> Sequence[Row]:
+    """Return the rows by which losses, targets and features are judged."""
     first = settled_step(record)
     return [row for row in record.rows if row["step"] > first]
 
@@ -91,8 +92,9 @@ def _finite(record: Record) -> list[Finding]:
     names = ("loss", "dino_global", "dino_local", "ibot", "koleo")
     if not record.rows:
         return []
-    last = record.rows[-1]
-    broken = [name for name in names if not np.isfinite(last.get(name, 0.0))]
+    # A run that counts skipped steps survives a few; one that does not has ended at the first.
+    last = record.rows[-FEWEST:] if "skipped" in record.rows[-1] else record.rows[-1:]
+    broken = [name for name in names if not any(np.isfinite(row.get(name, 0.0)) for row in last)]
     rule = "every loss is a number"
     if broken:
         text = (
@@ -104,10 +106,9 @@ def _finite(record: Record) -> list[Finding]:
 
 
 def _cross_entropies(record: Record) -> list[Finding]:
-    rows = _settled(record)[-RECENT:]
-    if len(rows) < FEWEST:
-        return []
-    return [_cross_entropy(loss) for loss in head_losses(record.config, rows)]
+    rows = settled_rows(record)[-RECENT:]
+    losses = head_losses(record.config, rows)
+    return [_cross_entropy(loss) for loss in losses if len(loss.value_N) >= FEWEST]
 
 
 def _cross_entropy(loss: HeadLoss) -> Finding:
@@ -120,7 +121,8 @@ def _cross_entropy(loss: HeadLoss) -> Finding:
             "knows nothing. Usually the learning rate is too high; lower schedule.base_lr or "
             "lengthen schedule.warmup_steps."
         )
-        return Finding("warn", loss.title, text, rule)
+        is_far = value > (1 + FAR_WORSE_MARGIN) * level
+        return Finding("bad" if is_far else "warn", loss.title, text, rule)
     if value > (1 - UNIFORM_MARGIN) * level:
         text = (
             f"{loss.title} equals {name}: the head is uniform, its output says nothing. Usually "
@@ -137,7 +139,7 @@ def _entropies(record: Record) -> list[Finding]:
     return [
         finding
         for head, name in (("dino", "DINO"), ("ibot", "iBOT"))
-        for finding in _entropy(_settled(record), head, name)
+        for finding in _entropy(settled_rows(record), head, name)
     ]
 
 
@@ -171,7 +173,7 @@ def _entropy(rows: Sequence[Row], head: str, name: str) -> list[Finding]:
 def _usages(record: Record) -> list[Finding]:
     found = []
     for head, name in (("dino", "DINO"), ("ibot", "iBOT")):
-        value = _recent(_settled(record), f"prototype_usage_{head}")
+        value = _recent(settled_rows(record), f"prototype_usage_{head}")
         if value is not None:
             few = (
                 f"Few {name} prototypes are in use ({percent(value, 1)} of what the rows allow). "
@@ -190,7 +192,7 @@ def _usages(record: Record) -> list[Finding]:
 
 
 def _ranks(record: Record) -> list[Finding]:
-    value = _recent(_settled(record), "effective_rank")
+    value = _recent(settled_rows(record), "effective_rank")
     if value is None:
         return []
     collapsed = (
@@ -207,7 +209,7 @@ def _ranks(record: Record) -> list[Finding]:
 
 
 def _distances(record: Record) -> list[Finding]:
-    value = _recent(_settled(record), "koleo_distance")
+    value = _recent(settled_rows(record), "koleo_distance")
     if value is None:
         return []
     none = (
@@ -237,7 +239,7 @@ def _at_least(
 
 
 def _patches(record: Record) -> list[Finding]:
-    rows = _settled(record)
+    rows = settled_rows(record)
     value, lowest = _recent(rows, "patch_similarity"), _lowest(rows, "patch_similarity")
     if value is None:
         return []
@@ -266,7 +268,7 @@ def _patches(record: Record) -> list[Finding]:
 
 
 def _gradients(record: Record) -> list[Finding]:
-    rows, clip = _settled(record), record.config.optim.clip_norm
+    rows, clip = settled_rows(record), record.config.optim.clip_norm
     if len(rows) < FEWEST:
         return []
     rule = (
@@ -282,7 +284,8 @@ def _gradients(record: Record) -> list[Finding]:
         value, lowest = _recent(rows, name), _lowest(rows, name)
         if value is None:
             continue
-        if float((norm_N > clip).mean()) >= CLIPPED_SHARE:
+        # Right after the warm-up a few clipped steps are usual: all recent rows must be there.
+        if norm_N.size >= RECENT and float((norm_N > clip).mean()) >= CLIPPED_SHARE:
             text = (
                 f"The gradient of the {part} is clipped at every step (norm {value:.3g}, clip "
                 f"{clip:g}): its length says nothing any more. Lower schedule.base_lr or lengthen "
@@ -323,10 +326,10 @@ def _rates(record: Record) -> list[Finding]:
 
 
 def _skips(record: Record) -> list[Finding]:
-    if not record.rows or "skipped" not in record.rows[-1]:
+    _, skipped_N = column(record.rows[-RECENT:], "skipped")
+    if not skipped_N.size:
         return []
-    num, step = int(record.rows[-1]["skipped"]), record.step
-    before = int(record.rows[-RECENT:][0].get("skipped", 0))
+    before, num, step = int(skipped_N[0]), int(skipped_N[-1]), record.step
     rule = f"none; bad above {percent(SKIPPED_SHARE)} of the steps"
     if not num:
         return [Finding("ok", "skipped steps", "No step was skipped.", rule)]

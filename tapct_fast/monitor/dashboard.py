@@ -17,7 +17,7 @@ from tapct_fast.config import Config
 from tapct_fast.io.atomic import write_atomic
 from tapct_fast.monitor.checks import DATA_WAIT, Finding, percent
 from tapct_fast.monitor.losses import head_losses
-from tapct_fast.monitor.record import PROBES, Record, Row, column, latest, read_rows
+from tapct_fast.monitor.record import Record, Row, column, latest, read_probes, read_rows
 from tapct_fast.monitor.verdict import headline, judge, worst
 from tapct_fast.monitor.watch import duration
 from tapct_fast.report import Curve, curves_html, facts_list, render_page
@@ -66,8 +66,8 @@ class Dashboard:
     def _write(self, *, is_running: bool) -> None:
         if not self._can_write:
             return
-        probes = read_rows(self._directory / PROBES)
-        page = render_dashboard(Record(self._config, self._rows, probes), is_running=is_running)
+        record = Record(self._config, self._rows, read_probes(self._directory))
+        page = render_dashboard(record, is_running=is_running)
         try:
             write_atomic(self._directory / PAGE, page.encode())
         except OSError as error:  # the run matters more than its page
@@ -100,7 +100,7 @@ def render_dashboard(record: Record, *, is_running: bool) -> str:
             curves_html(
                 [
                     *(loss.curve() for loss in head_losses(config, rows)),
-                    *_curves(rows, [("koleo", "KoLeo"), ("loss", "total")]),
+                    *_curves(rows, [("koleo", "KoLeo")]),
                 ]
             ),
         ),
@@ -220,7 +220,9 @@ def _tiles(record: Record) -> list[tuple[str, str, str]]:
     else:
         remark = f"of {num_steps:,}, {duration(record.eta_seconds)} to go"
     tiles = [("step", f"{record.step:,}", remark)]
-    for loss in head_losses(record.config, rows[-10:]) if rows else ():
+    for loss in head_losses(record.config, rows[-10:]):
+        if not loss.value_N:
+            continue
         uniform = f"uniform {loss.uniform:.2f}"
         tiles.append((loss.title, f"{sum(loss.value_N) / len(loss.value_N):.2f}", uniform))
     rank, rate, wait = (
@@ -241,18 +243,30 @@ def _probes(probes: Sequence[Row]) -> str:
     if not probes:
         return ""
     scored = [row for row in probes if isinstance(row.get("linear"), int | float)]
-    curves = _curves(scored, (("linear", "Dice, linear head"), ("knn", "Dice, kNN")))
+    curves = [
+        _curve(scored, kind, title)._replace(interval_N2=[_interval(row, kind) for row in scored])
+        for kind, title in (("linear", "Dice, linear head"), ("knn", "Dice, kNN"))
+    ]
     lines = "".join(
         f'<tr><td class="number">{row["step"]:,}</td>{_dice(row, "linear")}{_dice(row, "knn")}'
-        f'<td class="number">{row.get("seconds", 0):.0f} s</td>'
+        f'<td class="number">{_seconds(row)}</td>'
         f"<td>{html.escape(str(row.get('error') or row.get('skipped') or ''))}</td></tr>"
         for row in reversed(probes)
     )
     return (
-        f"{curves_html(curves)}<table><thead><tr><th>step</th><th>linear, 95 % interval</th>"
-        f"<th>kNN, 95 % interval</th><th>took</th><th>remark</th></tr></thead>"
+        f'{curves_html(curves)}<table class="probes"><thead><tr><th>step</th>'
+        "<th>linear, 95 % interval</th><th>kNN, 95 % interval</th><th>took</th><th>remark</th></tr></thead>"
         f"<tbody>{lines}</tbody></table>"
     )
+
+
+def _seconds(row: Row) -> str:
+    return f"{row['seconds']:.0f} s" if "seconds" in row else ""
+
+
+def _interval(row: Row, kind: str) -> tuple[float, float]:
+    low, high = (row.get(f"{kind}_{end}") for end in ("low", "high"))
+    return (math.nan, math.nan) if low is None or high is None else (low, high)
 
 
 def _dice(row: Row, kind: str) -> str:
@@ -321,5 +335,7 @@ border-bottom:1px solid var(--faint);border-left:4px solid #86c99b}
 .verdict li.warn b,.verdict li.bad b{font-weight:650}
 .verdict li.warn small,.verdict li.bad small{grid-column:2}
 @media (min-width:900px){.verdict li.ok{grid-template-columns:140px minmax(0,5fr) minmax(0,6fr)}}
-.curves{margin-bottom:20px}
+.curves{margin-bottom:20px;grid-template-columns:repeat(auto-fill,minmax(380px,1fr))}
+.probes td:nth-child(2){color:inherit}
+@media (max-width:640px){.curves{grid-template-columns:1fr}}
 """

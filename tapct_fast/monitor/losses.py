@@ -10,6 +10,8 @@ from tapct_fast.monitor.record import Row
 from tapct_fast.report import Curve
 from tapct_fast.train.loop import uniform_loss
 
+_TERMS = {"dino_global", "dino_local", "ibot"}
+
 
 class HeadLoss(NamedTuple):
     """One head's loss per step; ``uniform`` = ln P for a student whose logits are all equal."""
@@ -32,6 +34,7 @@ class HeadLoss(NamedTuple):
 
 def head_losses(config: Config, rows: Sequence[Row]) -> list[HeadLoss]:
     """Return the DINO loss and, where tokens are masked, the iBOT loss per masked token."""
+    rows = [row for row in rows if row.keys() >= _TERMS]
     step_N = [int(row["step"]) for row in rows]
     dino_N = [row["dino_global"] + row["dino_local"] for row in rows]
     num_prototypes = config.heads.dino.num_prototypes

@@ -77,6 +77,7 @@ class OnlineProbe:
         self._num_steps = num_steps
         self._device = torch.device(device)
         self._seed = seed
+        self._stream: torch.cuda.Stream | None = None
         self._thread: threading.Thread | None = None
         self._running_step = 0
         self._is_stopping = threading.Event()
@@ -155,6 +156,8 @@ class OnlineProbe:
             row = {"error": error.strerror or type(error).__name__}
         finally:
             shutil.rmtree(kept, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                kept.parent.rmdir()
         row = {"step": step, **row, "seconds": round(time.monotonic() - start, 1)}
         with contextlib.suppress(OSError):  # a full disk: the run's own writes will say so
             self._append(row)
@@ -163,8 +166,10 @@ class OnlineProbe:
         with contextlib.ExitStack() as stack:
             if self._device.type == "cuda":
                 stack.enter_context(torch.cuda.device(self._device))
-                stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-                stack.enter_context(torch.cuda.stream(stream))
+                # One for all probes: freed memory can be had again only in the stream it was in.
+                if self._stream is None:
+                    self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+                stack.enter_context(torch.cuda.stream(self._stream))
             backbone = read_teacher(kept, device=self._device)
             scans = []
             for number, (scan, labels) in enumerate(self._pairs, start=1):

@@ -5,7 +5,7 @@ A row is one line of ``metrics.jsonl`` (see ``train.log``) or ``probe.jsonl`` (`
 
 import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,7 +66,12 @@ def read_record(directory: Path) -> Record:
     metrics = directory / METRICS
     rows = read_rows(metrics)
     idle = time.time() - metrics.stat().st_mtime if rows else 0.0
-    return Record(config, rows, read_rows(directory / PROBES), max(0.0, idle))
+    return Record(config, rows, read_probes(directory), max(0.0, idle))
+
+
+def read_probes(directory: Path) -> list[Row]:
+    """Read the rows of the online probe, by step: they are written as the probes end."""
+    return sorted(read_rows(directory / PROBES), key=lambda row: int(row["step"]))
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -89,11 +94,13 @@ def _parse(line: bytes) -> Row | None:
     return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 
 
-def column(rows: Iterable[Row], name: str) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Return the steps and values of the rows that have a number called ``name``."""
-    pairs = [(row["step"], row[name]) for row in rows if isinstance(row.get(name), int | float)]
-    step_N, value_N = zip(*pairs, strict=True) if pairs else ((), ())
-    return np.array(step_N, np.int64), np.array(value_N, np.float64)
+def column(rows: Sequence[Row], name: str) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Return the steps and values of the rows that have a finite number called ``name``."""
+    # None counts as NaN for numpy; a long run has 12,500 rows, and this is called for every curve.
+    value_N = np.array([row.get(name) for row in rows], np.float64)
+    step_N = np.array([row["step"] for row in rows], np.int64)
+    is_number_N = np.isfinite(value_N)
+    return step_N[is_number_N], value_N[is_number_N]
 
 
 def latest(rows: Sequence[Row], name: str, *, num: int = 10) -> float | None:

@@ -2,7 +2,15 @@
 
 from collections.abc import Sequence
 
-from tapct_fast.monitor.checks import CHECKS, Finding, Severity, count, settled_step
+from tapct_fast.monitor.checks import (
+    CHECKS,
+    FEWEST,
+    Finding,
+    Severity,
+    count,
+    settled_rows,
+    settled_step,
+)
 from tapct_fast.monitor.record import Record
 
 
@@ -34,7 +42,7 @@ def headline(record: Record, findings: Sequence[Finding]) -> str:
         return f"Not healthy at {where}: {count(num['bad'], 'problem')}, see below."
     if num["warn"]:
         return f"Look at it, {where}: {count(num['warn'], 'warning')}, see below."
-    if record.step <= settled_step(record):
+    if len(settled_rows(record)) < FEWEST:
         return f"Nothing wrong at {where}; losses and features are judged after step " + (
             f"{settled_step(record)}, when learning rate and last layer are warm."
         )

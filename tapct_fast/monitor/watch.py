@@ -89,7 +89,7 @@ def render(record: Record, findings: Sequence[Finding]) -> str:
             beside = f"step {last['step']}"
             if last.get(f"{kind}_low") is not None:
                 beside += f", 95 %: {last[f'{kind}_low']:.3f} to {last[f'{kind}_high']:.3f}"
-            lines.append(_line(title, column(scored, kind)[1], beside))
+            lines.append(_line(title, column(scored, kind)[1], beside, num=1))
         lines.append("")
     lines += [f"{f.severity}: {f.about}: {f.text}" for f in findings if f.severity != "ok"]
     return "\n".join(lines).rstrip()
@@ -124,8 +124,8 @@ def _norms(record: Record) -> list[tuple[str, str]]:
     return [(name, f"clip {record.config.optim.clip_norm:g}") for name in names]
 
 
-def _line(title: str, value_N: NDArray[np.float64], beside: str) -> str:
-    last = f"{float(np.median(value_N[-10:])):10.4g}" if value_N.size else " " * 10
+def _line(title: str, value_N: NDArray[np.float64], beside: str, *, num: int = 10) -> str:
+    last = f"{float(np.median(value_N[-num:])):10.4g}" if value_N.size else " " * 10
     return f"  {title:<28}{last}  {spark(value_N):<{SPARK_WIDTH}}  {beside}".rstrip()
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tapct_fast.backbone.export import export_backbone, save_backbone
+from tapct_fast.backbone.export import export_backbone, read_teacher, save_backbone
 from tapct_fast.backbone.load import load_backbone
 from tapct_fast.config import Config, HeadConfig, HeadsConfig, HuConfig, VitConfig
 from tapct_fast.errors import CheckpointError, InputError
@@ -83,6 +83,19 @@ def test_saving_a_loaded_backbone_changes_nothing(run_dir: Path, tmp_path: Path)
     assert load_backbone(second).fingerprint() == backbone.fingerprint()
     for name in ("model.safetensors", "config.json", "preprocessor.json"):
         assert (first / name).read_bytes() == (second / name).read_bytes()
+
+
+def test_a_teacher_that_is_read_is_the_one_that_would_be_exported(
+    run_dir: Path, tmp_path: Path
+) -> None:
+    before = torch.get_rng_state()
+    read = read_teacher(run_dir, device="cpu")
+    assert torch.equal(torch.get_rng_state(), before)
+    exported = load_backbone(export_backbone(run_dir, tmp_path / "out"))
+    assert read.fingerprint() == exported.fingerprint()
+    assert read.preprocess == exported.preprocess
+    assert read.precision == exported.precision
+    assert not read.training
 
 
 def test_one_checkpoint_folder_can_be_named(run_dir: Path, tmp_path: Path) -> None:
