@@ -296,12 +296,20 @@ def _load(run: Run, folder: Path) -> None:
             tensor.copy_(loaded[kind][name])
     for name, tensor in run.guard._asdict().items():
         tensor.copy_(loaded["optimizer"].pop(_GUARD + name))
-    # A parameter that never had a gradient has no state, so the names come from the file.
-    parameters = dict(run.method.student.named_parameters())
-    run.optimizer.state.clear()
+    moments: dict[str, dict[str, Tensor]] = {}
     for key, tensor in loaded["optimizer"].items():
         name, _, field = key.rpartition(".")
-        run.optimizer.state[parameters[name]][field] = tensor.to(parameters[name].device)
+        moments.setdefault(name, {})[field] = tensor
+    for name, parameter in run.method.student.named_parameters():
+        if name not in moments:  # it never had a gradient
+            run.optimizer.state.pop(parameter, None)
+            continue
+        held = run.optimizer.state[parameter]
+        for field, tensor in moments[name].items():
+            if field in held:  # in place: a captured graph holds these addresses
+                held[field].copy_(tensor)
+            else:
+                held[field] = tensor.to(parameter.device)
 
 
 def _check_same_run(

@@ -58,7 +58,12 @@ def start_guard(num_norms: int, device: torch.device | str) -> GuardState:
 
 
 def judge(
-    state: GuardState, losses_J: Tensor, norms_K: Tensor, config: GuardConfig
+    state: GuardState,
+    losses_J: Tensor,
+    norms_K: Tensor,
+    config: GuardConfig,
+    *,
+    is_sound: Tensor | None = None,
 ) -> tuple[Tensor, GuardState]:
     """Say whether a step may update, and return the state after it.
 
@@ -67,12 +72,15 @@ def judge(
         losses_J: The step's losses, the total first; of all ranks.
         norms_K: Gradient norms before the clip; of all ranks.
         config: The limits.
+        is_sound: Bool scalar, what else must hold: finite voxels and moments.
 
     Returns:
         A bool scalar on the device, and the new state; no tensor of ``state`` is changed.
     """
     losses_J, norms_K = losses_J.detach().float(), norms_K.detach().float()
     is_finite = losses_J.isfinite().all() & norms_K.isfinite().all()
+    if is_sound is not None:
+        is_finite = is_finite & is_sound
     is_spike = (losses_J[0] > state.loss_mean + config.spike_loss) | (
         norms_K > config.spike_norm * state.norm_mean_K.clamp(min=_LEAST_NORM)
     ).any()

@@ -261,3 +261,20 @@ def test_a_rank_that_is_not_the_first_changes_no_file(config: Config, tmp_path: 
     names = {path.name for path in (tmp_path / "checkpoints").iterdir()}
     assert names == {"latest.json", "step-00000001"}
     assert pointed_to(tmp_path) == "step-00000001"
+
+
+def test_a_run_that_goes_back_keeps_its_memory_and_forgets_later_moments(
+    config: Config, tmp_path: Path
+) -> None:
+    run = build_stepped(config)
+    save(run, tmp_path, 1)
+    expected = tensors(run)
+    for parameter in run.method.student.parameters():  # the mask token too, for the first time
+        parameter.grad = torch.full_like(parameter, 0.3)
+    run.optimizer.step()
+    before = {t.data_ptr() for state in run.optimizer.state.values() for t in state.values()}
+    assert load_latest(run, tmp_path, notify=pytest.fail) == 1
+    assert_equal(tensors(run), expected)
+    after = {t.data_ptr() for state in run.optimizer.state.values() for t in state.values()}
+    assert after < before
+    assert len(before) - len(after) == 3  # of the mask token

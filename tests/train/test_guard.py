@@ -90,6 +90,17 @@ def test_a_number_that_is_not_finite_is_refused_from_the_first_step_on(
     assert after.norm_mean_K.tolist() == [0, 0]
 
 
+def test_a_step_that_is_not_sound_is_refused_whatever_its_numbers() -> None:
+    numbers = torch.tensor([8.0, 4.0]), torch.tensor([1.0, 0.1])
+    for is_sound in (True, False):
+        ok, after = judge(start_guard(2, "cpu"), *numbers, CONFIG, is_sound=torch.tensor(is_sound))
+        assert (bool(ok), int(after.accepted), int(after.skipped)) == (
+            is_sound,
+            is_sound,
+            not is_sound,
+        )
+
+
 def test_nothing_is_a_spike_before_the_warm_up_and_a_fall_is_never_one() -> None:
     calm, jump, fall = ([8.0, 4.0], [1.0, 0.1]), ([80.0, 4.0], [99.0, 0.1]), ([0.1, 0], [0, 0])
     assert run_law([calm, jump, calm])[0] == [True, True, True]
