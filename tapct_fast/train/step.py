@@ -182,8 +182,13 @@ def train_step(
         ]
     )
     # Views and moments too: what is not finite there need not show in a loss.
-    sound = torch.where(moments_finite(optimizer) & means.isfinite().all(), means, torch.nan)
-    is_sound, state = judge(run.guard, sound[: len(Losses._fields)], norms, run.config.guard)
+    is_sound, state = judge(
+        run.guard,
+        means[: len(Losses._fields)],
+        norms,
+        run.config.guard,
+        is_sound=means.isfinite().all() & moments_finite(optimizer),
+    )
     for old, new in zip(run.guard, state, strict=True):
         old.copy_(new)
     _update(run, values, is_sound, targets, engine)
