@@ -134,8 +134,8 @@ def high_res(config: Config) -> Config:
         teacher_temp_warmup_steps=0,
         freeze_last_layer_steps=0,
     )
-    batch_size = config.train.batch_size
-    accumulate = math.gcd(batch_size, config.train.accumulate * 4)
+    num_groups = config.train.batch_size // config.train.group_size
+    accumulate = math.gcd(num_groups, config.train.accumulate * 4)
     return replace(
         steps,
         views=views,

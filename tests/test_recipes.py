@@ -162,7 +162,8 @@ def test_the_high_resolution_stage_has_larger_views_and_a_constant_rate() -> Non
 def test_the_high_resolution_stage_keeps_a_batch_that_does_not_divide_by_four() -> None:
     config = recipes.vit_s()
     odd = dataclasses.replace(
-        config, train=dataclasses.replace(config.train, batch_size=6, accumulate=3)
+        config,
+        train=dataclasses.replace(config.train, batch_size=6, group_size=1, accumulate=3),
     )
     assert recipes.high_res(odd).train.accumulate == 6
     one = dataclasses.replace(odd, train=dataclasses.replace(odd.train, batch_size=3))

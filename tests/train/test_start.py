@@ -18,6 +18,7 @@ from tapct_fast.backbone.backbone import Backbone
 from tapct_fast.backbone.export import export_backbone, save_backbone
 from tapct_fast.backbone.load import default_preprocess, load_backbone
 from tapct_fast.config import Config, HuConfig, VitConfig
+from tapct_fast.data.pipeline import ViewBatch
 from tapct_fast.errors import BackboneError, CheckpointError, ConfigError, InputError
 from tapct_fast.io.atomic import sha256_file
 from tapct_fast.model.vit import Vit
@@ -295,9 +296,15 @@ def test_a_guide_is_the_frozen_teacher_of_the_other_run(run: Path, tiny_config: 
     assert guide.sha256 == sha256_file(run / STEP / "teacher.safetensors")
     # It takes the place of the teacher: its targets have a row per view and masked token.
     x_BCZYX = torch.randn(4, 1, 8, 16, 16)
-    tokens = guide.networks.backbone.forward_tokens(x_BCZYX)
-    masked = guide.networks.masked_tokens(tokens, torch.arange(3))
-    dino, ibot = guide.networks.project(guide.networks.cls_tokens(tokens), masked)
+    views = ViewBatch(
+        x_BCZYX[:, 0].unflatten(0, (2, 2)),
+        torch.zeros(0, 2, 4, 8, 8),
+        torch.zeros(4, 8, dtype=torch.bool),
+        torch.arange(3),
+        torch.full((3,), 1 / 3),
+        2,
+    )
+    _, dino, ibot, _ = guide.networks.encode_teacher(views)
     assert dino.logits().shape == (4, 32)
     assert ibot is not None
     assert ibot.logits().shape == (3, 32)
@@ -327,7 +334,7 @@ def test_a_started_run_resumes_bit_for_bit_and_only_from_the_same_weights(
     config = dataclasses.replace(with_train(tiny_config, num_steps=4), schedule=schedule)
     train(config, tiny_store, tmp_path / "run", start=exported)
     folder = tmp_path / "run" / "checkpoints"
-    early, late = (load_file(p / "student.safetensors") for p in sorted(folder.iterdir()))
+    early, late = (load_file(p / "student.safetensors") for p in sorted(folder.glob("step-*")))
     begun = {f"backbone.{k}": t for k, t in load_backbone(exported).vit.state_dict().items()}
     assert all(torch.equal(early[name], begun[name]) for name in begun)
     assert not torch.equal(early["dino_head.mlp.0.weight"], late["dino_head.mlp.0.weight"])
