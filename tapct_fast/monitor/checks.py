@@ -50,13 +50,6 @@ class Finding(NamedTuple):
     rule: str
 
 
-def settled_step(record: Record) -> int:
-    """Return the step past which losses, targets and features are judged."""
-    schedule = record.config.schedule
-    last = record.config.train.num_steps
-    return min(max(schedule.warmup_steps, schedule.freeze_last_layer_steps), last)
-
-
 def percent(share: float, digits: int = 0) -> str:
     """Write a share in percent."""
     return f"{100 * share:.{digits}f} %"
@@ -67,9 +60,26 @@ def count(num: int, what: str) -> str:
     return f"{num} {what}{'' if num == 1 else 's'}"
 
 
-def settled_rows(record: Record) -> Sequence[Row]:
-    """Return the rows by which losses, targets and features are judged."""
-    first = settled_step(record)
+def judged_step(record: Record) -> int:
+    """Return the step from which on losses, targets and features are judged.
+
+    ``RECENT`` rows past the warm-up of the learning rate and the freeze of the last layer: a run
+    that has just got there may not have left ln P yet.
+    """
+    config = record.config
+    return min(_warm_step(record) + RECENT * config.train.log_every, config.train.num_steps)
+
+
+def _warm_step(record: Record) -> int:
+    schedule = record.config.schedule
+    return max(schedule.warmup_steps, schedule.freeze_last_layer_steps)
+
+
+def _settled(record: Record) -> Sequence[Row]:
+    """Return the rows past the warm-up, once they are enough to be judged."""
+    if record.step < judged_step(record):
+        return []
+    first = _warm_step(record)
     return [row for row in record.rows if row["step"] > first]
 
 
@@ -106,13 +116,17 @@ def _finite(record: Record) -> list[Finding]:
 
 
 def _cross_entropies(record: Record) -> list[Finding]:
-    rows = settled_rows(record)[-RECENT:]
+    rows = _settled(record)[-RECENT:]
     losses = head_losses(record.config, rows)
-    return [_cross_entropy(loss) for loss in losses if len(loss.value_N) >= FEWEST]
+    return [_cross_entropy(loss) for loss in losses if np.isfinite(loss.value_N).sum() >= FEWEST]
 
 
 def _cross_entropy(loss: HeadLoss) -> Finding:
-    value = float(np.median(loss.value_N))
+    value_N = np.asarray(loss.value_N)
+    value_N = value_N[np.isfinite(value_N)]  # a skipped step may have had none
+    value = float(np.median(value_N))
+    # A loss that has just begun to fall is below ln P in the last part only.
+    lowest = min(float(np.median(part)) for part in np.array_split(value_N, 4))
     level, name = loss.uniform, f"ln {loss.num_prototypes} = {loss.uniform:.2f}"
     rule = f"below ln P by {percent(UNIFORM_MARGIN, 1)} of it, past the warm-up"
     if value > (1 + WORSE_MARGIN) * level:
@@ -123,7 +137,7 @@ def _cross_entropy(loss: HeadLoss) -> Finding:
         )
         is_far = value > (1 + FAR_WORSE_MARGIN) * level
         return Finding("bad" if is_far else "warn", loss.title, text, rule)
-    if value > (1 - UNIFORM_MARGIN) * level:
+    if lowest > (1 - UNIFORM_MARGIN) * level:
         text = (
             f"{loss.title} equals {name}: the head is uniform, its output says nothing. Usually "
             "the learning rate is too high, the last layer is dead or the features have "
@@ -139,7 +153,7 @@ def _entropies(record: Record) -> list[Finding]:
     return [
         finding
         for head, name in (("dino", "DINO"), ("ibot", "iBOT"))
-        for finding in _entropy(settled_rows(record), head, name)
+        for finding in _entropy(_settled(record), head, name)
     ]
 
 
@@ -173,7 +187,7 @@ def _entropy(rows: Sequence[Row], head: str, name: str) -> list[Finding]:
 def _usages(record: Record) -> list[Finding]:
     found = []
     for head, name in (("dino", "DINO"), ("ibot", "iBOT")):
-        value = _recent(settled_rows(record), f"prototype_usage_{head}")
+        value = _recent(_settled(record), f"prototype_usage_{head}")
         if value is not None:
             few = (
                 f"Few {name} prototypes are in use ({percent(value, 1)} of what the rows allow). "
@@ -192,7 +206,7 @@ def _usages(record: Record) -> list[Finding]:
 
 
 def _ranks(record: Record) -> list[Finding]:
-    value = _recent(settled_rows(record), "effective_rank")
+    value = _recent(_settled(record), "effective_rank")
     if value is None:
         return []
     collapsed = (
@@ -209,7 +223,7 @@ def _ranks(record: Record) -> list[Finding]:
 
 
 def _distances(record: Record) -> list[Finding]:
-    value = _recent(settled_rows(record), "koleo_distance")
+    value = _recent(_settled(record), "koleo_distance")
     if value is None:
         return []
     none = (
@@ -239,7 +253,7 @@ def _at_least(
 
 
 def _patches(record: Record) -> list[Finding]:
-    rows = settled_rows(record)
+    rows = _settled(record)
     value, lowest = _recent(rows, "patch_similarity"), _lowest(rows, "patch_similarity")
     if value is None:
         return []
@@ -268,7 +282,7 @@ def _patches(record: Record) -> list[Finding]:
 
 
 def _gradients(record: Record) -> list[Finding]:
-    rows, clip = settled_rows(record), record.config.optim.clip_norm
+    rows, clip = _settled(record), record.config.optim.clip_norm
     if len(rows) < FEWEST:
         return []
     rule = (

@@ -247,6 +247,8 @@ def _probes(probes: Sequence[Row]) -> str:
         _curve(scored, kind, title)._replace(interval_N2=[_interval(row, kind) for row in scored])
         for kind, title in (("linear", "Dice, linear head"), ("knn", "Dice, kNN"))
     ]
+    names = ("step", "linear, 95 % interval", "kNN, 95 % interval", "took", "remark")
+    heads = "".join(f"<th>{name}</th>" for name in names)
     lines = "".join(
         f'<tr><td class="number">{row["step"]:,}</td>{_dice(row, "linear")}{_dice(row, "knn")}'
         f'<td class="number">{_seconds(row)}</td>'
@@ -254,8 +256,7 @@ def _probes(probes: Sequence[Row]) -> str:
         for row in reversed(probes)
     )
     return (
-        f'{curves_html(curves)}<table class="probes"><thead><tr><th>step</th>'
-        "<th>linear, 95 % interval</th><th>kNN, 95 % interval</th><th>took</th><th>remark</th></tr></thead>"
+        f'{curves_html(curves)}<table class="probes"><thead><tr>{heads}</tr></thead>'
         f"<tbody>{lines}</tbody></table>"
     )
 

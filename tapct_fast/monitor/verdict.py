@@ -2,23 +2,14 @@
 
 from collections.abc import Sequence
 
-from tapct_fast.monitor.checks import (
-    CHECKS,
-    FEWEST,
-    Finding,
-    Severity,
-    count,
-    settled_rows,
-    settled_step,
-)
+from tapct_fast.monitor.checks import CHECKS, Finding, Severity, count, judged_step
 from tapct_fast.monitor.record import Record
 
 
 def judge(record: Record) -> list[Finding]:
     """Return one finding for everything that can be judged by now, the worst ones first.
 
-    Losses, targets and features are judged past the warm-up of the learning rate and the freeze of
-    the last layer, over the median of the last ``RECENT`` rows.
+    Losses, targets and features are judged from ``judged_step`` on, by the median of recent rows.
     """
     found = [finding for check in CHECKS for finding in check(record)]
     order = ("bad", "warn", "ok")
@@ -42,8 +33,9 @@ def headline(record: Record, findings: Sequence[Finding]) -> str:
         return f"Not healthy at {where}: {count(num['bad'], 'problem')}, see below."
     if num["warn"]:
         return f"Look at it, {where}: {count(num['warn'], 'warning')}, see below."
-    if len(settled_rows(record)) < FEWEST:
-        return f"Nothing wrong at {where}; losses and features are judged after step " + (
-            f"{settled_step(record)}, when learning rate and last layer are warm."
+    if record.step < judged_step(record):
+        return (
+            f"Nothing wrong at {where}; losses and features are judged from step "
+            f"{judged_step(record)} on, when learning rate and last layer are warm."
         )
     return f"Healthy at {where}: {count(num['ok'], 'check')} without a finding."

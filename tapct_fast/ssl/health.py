@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tapct_kernels import SoftTargets
 
-MAX_ROWS = 256  # 64 MB of float32 targets at 65,536 prototypes
+MAX_ROWS = 256  # 64 MB of float32 targets at 65,536 prototypes, three such tables at a time
 _DEGREE = 48  # matrix products; effective ranks from 1 to 256 then err by less than 0.2 %
 
 MEANINGS = {

@@ -90,6 +90,23 @@ def test_it_is_deterministic_draws_nothing_and_survives_the_removal_of_the_check
     assert np.random.get_state()[1].tolist() == before[1]  # noqa: NPY002
 
 
+@pytest.mark.gpu
+def test_a_device_gives_the_scores_of_the_host_up_to_rounding(
+    checkpoint: Path, pairs: Pairs, tmp_path: Path
+) -> None:
+    found = []
+    for device in ("cpu", "cuda"):
+        out = tmp_path / device
+        out.mkdir()
+        scans, labels = ([pair[i] for pair in pairs[:3]] for i in (0, 1))
+        probe = OnlineProbe(out, scans, labels, num_steps=60, device=device)
+        probe.saved(60, checkpoint)
+        probe.close()
+        found += rows(out)
+    assert found[1]["linear"] == pytest.approx(found[0]["linear"], abs=0.02)  # bfloat16 products
+    assert found[1]["knn"] == pytest.approx(found[0]["knn"], abs=0.02)
+
+
 def small_config(**settings: str) -> Config:
     from_tests = {
         "train.num_steps": "4",
