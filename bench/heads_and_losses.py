@@ -27,6 +27,7 @@ from bench.train_runs import (
     E,
     Library,
     dtype_name,
+    every_graph_compiles,
     method_of,
     run_config,
 )
@@ -195,7 +196,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for setting in settings(device, run.is_tiny):
         if run.wants(setting.case, device):
             torch._dynamo.reset()
-            _measure(run, setting, device)
+            with every_graph_compiles():
+                _measure(run, setting, device)
 
 
 if __name__ == "__main__":

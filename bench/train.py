@@ -52,6 +52,7 @@ from bench.train_runs import (
     E,
     Library,
     dtype_name,
+    every_graph_compiles,
     least_bytes,
     method_of,
     random_batch,
@@ -255,7 +256,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             continue
         torch._dynamo.reset()
         began = time.perf_counter()
-        _measure(run, setting, device)
+        with every_graph_compiles():
+            _measure(run, setting, device)
         print(f"train, {setting.case}: {time.perf_counter() - began:.0f} s in all", flush=True)
 
 

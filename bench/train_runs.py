@@ -7,7 +7,9 @@ Shape suffixes: V views, B samples, N = V * B global views, Z Y X voxels, L patc
 
 import math
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
+from typing import cast
 
 import numpy as np
 import torch
@@ -50,6 +52,16 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def every_graph_compiles() -> AbstractContextManager[None]:
+    """Let any number of graphs be compiled.
+
+    They are counted per function, whatever its module; past the default of 8 the rest would run
+    eagerly, and D would be timed as what it is not. dinov3 lifts the limit too.
+    """
+    limits = torch._dynamo.config.patch(recompile_limit=256, fail_on_recompile_limit_hit=True)
+    return cast(AbstractContextManager[None], limits)
+
+
 class Library:
     """This library's step under a rival's interface: the one place that knows how it is called."""
 
@@ -84,8 +96,17 @@ def ours(library: Library, batches: MicroBatches, values: StepValues) -> LossNum
 
 
 def method_of(config: Config) -> DinoMethod:
-    """Return student and teacher of a run, seed 0."""
-    return DinoMethod(config.vit, config.heads, config.losses, hu=config.hu, seed=0)
+    """Return student and teacher of a run, as its seed starts them."""
+    seed = config.train.seed
+    return DinoMethod(config.vit, config.heads, config.losses, hu=config.hu, seed=seed)
+
+
+def restart(stepper: Stepper, state: Mapping[str, Tensor]) -> None:
+    """Put the weights of a ``DinoMethod`` in place and forget the optimizer's moments."""
+    for name, networks in (("student.", stepper.student), ("teacher.", stepper.teacher)):
+        own = {k.removeprefix(name): v for k, v in state.items() if k.startswith(name)}
+        networks.load_state_dict(own)
+    stepper.optimizer.state.clear()
 
 
 def run_config(
