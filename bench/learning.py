@@ -88,7 +88,7 @@ def tiny() -> Setting:
     """Return a setting of the same paths for tests."""
     config = tiny_run()
     crops = replace(config.crops, extent_mm_zyx=(60.0, 360.0, 360.0))
-    return Setting("tiny", replace(config, crops=crops), (0,), (0.1, 0.2), 1, 2)
+    return Setting("tiny", replace(config, crops=crops), (0,), (0.2,), 1, 2)
 
 
 class Phantoms(NamedTuple):

@@ -13,6 +13,7 @@ moves: views read, weights, gradients and moments read and written once. Views a
 drawn once; no data is read.
 """
 
+import gc
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -230,21 +231,27 @@ def _grow(
     sizes: dict[str, int] = {}
     for name, build in builders.items():
         size = setting.config.train.batch_size
-        while size <= LARGEST_BATCH:
-            torch._dynamo.reset()
-            torch.cuda.empty_cache()
-            config = replace(setting.config, train=TrainConfig(batch_size=size))
-            batch = [[(random_batch(config, 0, device), 0)]]
-            try:
-                call = partial(_next_step, build(), cycle(batch))
-                taken = time_ms({name: call}, device=device, rounds=setting.rounds)
-                peak = peak_extra_bytes(call, device)
-            except torch.cuda.OutOfMemoryError:
-                break
-            times |= taken
-            memory[name], sizes[name] = peak, size
+        while size <= LARGEST_BATCH and (found := _try(setting, build, size, device)):
+            times[name], memory[name] = found
+            sizes[name] = size
             size *= 2
     return times, memory, sizes
+
+
+def _try(
+    setting: Setting, build: Callable[[], Stepper], size: int, device: Device
+) -> tuple[list[float], int] | None:
+    """Return time and memory at one batch, None where memory ends; nothing outlives the call."""
+    torch._dynamo.reset()
+    gc.collect()
+    torch.cuda.empty_cache()
+    config = replace(setting.config, train=TrainConfig(batch_size=size))
+    try:
+        call = partial(_next_step, build(), cycle([[(random_batch(config, 0, device), 0)]]))
+        times = time_ms({"": call}, device=device, rounds=setting.rounds)
+        return times[""], peak_extra_bytes(call, device)
+    except torch.cuda.OutOfMemoryError:
+        return None
 
 
 def main(argv: Sequence[str] | None = None) -> None:
