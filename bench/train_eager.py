@@ -201,6 +201,11 @@ def read_together(losses: Mapping[str, Tensor], norms: Sequence[Tensor]) -> Loss
     return dict(zip(losses, numbers, strict=False))
 
 
+def average_in_one(means: list[Tensor], new: list[Tensor], momentum: float) -> None:
+    """Move the teacher in one pass over all parameters."""
+    torch._foreach_lerp_(means, new, weight=1 - momentum)
+
+
 EAGER = Arrangement(
     precision="autocast",
     embed=op_embed,
@@ -211,4 +216,5 @@ EAGER = Arrangement(
     dino=fused_dino,
     ibot=fused_ibot,
     read=read_together,
+    average=average_in_one,
 )

@@ -71,6 +71,7 @@ class Arrangement(NamedTuple):
         dino: Targets, what the head made of the student, views and temperature to the two parts.
         ibot: Targets, what the head made, weight_M / views and temperature to the loss.
         read: Losses and gradient norms to numbers.
+        average: Teacher, student and momentum: move the first towards the second, in place.
     """
 
     precision: Literal["cast", "autocast"]
@@ -82,6 +83,7 @@ class Arrangement(NamedTuple):
     dino: Callable[[Any, Any, int, float], tuple[Tensor, Tensor]]
     ibot: Callable[[Any, Any, Tensor, float], Tensor]
     read: Callable[[Mapping[str, Tensor], Sequence[Tensor]], LossNumbers]
+    average: Callable[[list[Tensor], list[Tensor], float], None]
 
 
 class Rival:
@@ -157,8 +159,7 @@ class Rival:
         means: list[Tensor] = list(self.teacher.parameters())
         new: list[Tensor] = list(self.student.parameters())
         with torch.no_grad():
-            torch._foreach_mul_(means, values.momentum)
-            torch._foreach_add_(means, new, alpha=1 - values.momentum)
+            self.arrangement.average(means, new, values.momentum)
         return numbers
 
     def losses(self, batch: ViewBatch, temp: Tensor, drop_seed: int | None) -> dict[str, Tensor]:
@@ -198,14 +199,17 @@ class Rival:
         arrangement, student_temp = self.arrangement, self.config.losses.student_temp
         assert teacher.masked_MD is not None
         assert student.masked_MD is not None
-        with torch.no_grad():
-            outs = self._teacher.project(teacher.cls_ND, teacher.masked_MD)
-            targets = arrangement.center(outs, temp, self._teacher.by_block)
+        targets = self._targets(teacher.cls_ND, teacher.masked_MD, temp)
         dino, ibot = self._student.project(student.cls_ND, student.masked_MD)
         num_views = 2 * student.cls_ND.shape[0] // teacher.cls_ND.shape[0]
         parts = arrangement.dino(targets[0], dino, num_views, student_temp)
         loss = arrangement.ibot(targets[1], ibot, weight_M, student_temp)
         return {"dino_global": parts[0], "dino_local": parts[1], "ibot": loss}
+
+    @torch.no_grad()
+    def _targets(self, cls_ND: Tensor, masked_MD: Tensor, temp: Tensor) -> list[Any]:
+        outs = self._teacher.project(cls_ND, masked_MD)
+        return self.arrangement.center(outs, temp, self._teacher.by_block)
 
 
 class _Calls:
@@ -456,6 +460,12 @@ def read_one_by_one(losses: Mapping[str, Tensor], norms: Sequence[Tensor]) -> Lo
     return {name: loss.item() for name, loss in losses.items()}
 
 
+def average_in_two(means: list[Tensor], new: list[Tensor], momentum: float) -> None:
+    """Move the teacher by a product and a sum over all parameters."""
+    torch._foreach_mul_(means, momentum)
+    torch._foreach_add_(means, new, alpha=1 - momentum)
+
+
 DINOV3 = Arrangement(
     precision="cast",
     embed=conv_embed,
@@ -466,4 +476,5 @@ DINOV3 = Arrangement(
     dino=dense_dino,
     ibot=dense_ibot,
     read=read_one_by_one,
+    average=average_in_two,
 )

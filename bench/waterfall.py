@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from bench.harness import Device, Run, peak_extra_bytes, start, this_device, time_ms
 from bench.train_eager import (
+    average_in_one,
     factored_head,
     fused_dino,
     fused_ibot,
@@ -135,6 +136,7 @@ def techniques(dtype: torch.dtype, by_block: Compiled) -> list[Technique]:
             },
         ),
         ("+ fused residual and norm", {"encoder": fused_packed_encoder}),
+        ("+ average in one pass", {"average": average_in_one}),
         ("+ one read of the device", {"read": read_together}),
     ]
     if dtype != torch.float32:

@@ -76,7 +76,7 @@ def test_every_technique_of_the_waterfall_trains_as_dinov3_does(bench: SimpleNam
     state = bench.train_runs.method_of(config).state_dict()
     found = bench.waterfall.techniques(torch.float32, "no")
     steppers = [bench.train_rivals.Rival(config, state, t.arrangement) for t in found]
-    assert len({stepper.arrangement for stepper in steppers}) == len(steppers) == 8
+    assert len({stepper.arrangement for stepper in steppers}) == len(steppers) == 9
     assert_same_training(bench, steppers, config)
 
 
