@@ -9,6 +9,7 @@ ratio to D's.
 Shape suffixes: N rows of cls tokens, M masked tokens, V views, B samples, K bottleneck width.
 """
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -16,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bench.harness import Device, Run, peak_extra_bytes, start, this_device, time_ms
+from bench.harness import ROUNDS, Device, Run, peak_extra_bytes, start, this_device, time_ms
 from bench.train_eager import EAGER
 from bench.train_rivals import DINOV3, Rival, Rows
 from bench.train_runs import (
@@ -97,10 +98,14 @@ class Backward:
         self._losses, self._rows = losses, rows
         self._leaves = [*parameters, *(t for r in rows for t in r if t is not None)]
 
-    def __call__(self) -> dict[str, float]:
-        """Run once, with new gradients."""
+    def clear(self) -> None:
+        """Drop the gradients."""
         for leaf in self._leaves:
             leaf.grad = None
+
+    def __call__(self) -> dict[str, float]:
+        """Run once, with new gradients."""
+        self.clear()
         losses = self._losses(*self._rows)
         torch.stack(list(losses.values())).sum().backward()  # type: ignore[no-untyped-call]
         return {name: loss.item() for name, loss in losses.items()}
@@ -172,20 +177,29 @@ def _measure(run: Run, setting: Setting, device: Device) -> None:
     }
     if not all(error <= LOSS_ERROR[setting.dtype] for error in errors.values()):
         raise ValueError(f"losses are off D's by {errors}; not timed")
-    memory = {name: peak_extra_bytes(call, device) for name, call in calls.items()}
-    times = time_ms(calls, device=device, rounds=3)
+    memory, times = {}, {}
+    for name, call in calls.items():
+        call.clear()  # or those of the call before would be there already, and not count
+        began = time.perf_counter()
+        memory[name] = peak_extra_bytes(call, device)
+        times[name] = [round((time.perf_counter() - began) * 1e3, 4)] * 3
+    # On a CPU a call takes half a minute: one is all.
+    rounds = 3 if run.is_tiny else ROUNDS if device == "cuda" else 0
+    if rounds:
+        times = time_ms(calls, device=device, rounds=rounds)
     rows = (2 + NUM_VIEWS) * setting.batch + 2 * setting.num_masked
     run.write(
         setting.case,
         device,
         times,
         dtype=dtype_name(setting.dtype),
-        # Prototypes of four heads read, their gradients of two written, rows read.
+        # Prototypes of four heads read, width 256, gradients of two written, rows read.
         bytes=4 * (6 * 256 * setting.num_prototypes + setting.dim * rows),
         extra_bytes=memory,
         memory_to_dinov3={name: round(memory[name] / memory[D], 4) for name in calls},
         relative_error={name: float(f"{error:.2g}") for name, error in errors.items()},
         verified="losses against D's",
+        calls=rounds or 1,
     )
 
 
