@@ -13,7 +13,8 @@ from bench.rows import RESULTS, BenchError, Row, parse
 FOLDER = Path(__file__).resolve().parent
 # The most valuable rows first, for machines that are lent for minutes; the others follow by name.
 ORDER = (
-    *("ceilings", "sinkhorn", "backbone", "prototype_cross_entropy", "residual_norm"),
+    *("ceilings", "train", "heads_and_losses", "waterfall"),
+    *("sinkhorn", "backbone", "prototype_cross_entropy", "residual_norm"),
     *("patch_embed", "views", "attention", "masked_gather", "block_masks", "mlp", "ema"),
 )
 State = Literal["current", "stale", "missing"]
