@@ -35,8 +35,7 @@ from bench.train_runs import (
 from bench.train_runs import SOURCES as SOURCES
 from tapct_fast.ssl.dino import dino_loss
 from tapct_fast.ssl.ibot import ibot_loss
-from tapct_fast.ssl.method import DinoMethod
-from tapct_kernels import sinkhorn
+from tapct_fast.ssl.method import DinoMethod, Encoded, Networks
 
 NUM_VIEWS = 10  # of a sample, two of them global
 
@@ -64,8 +63,8 @@ def settings(device: Device, is_tiny: bool) -> Iterator[Setting]:
     if is_tiny:
         yield Setting(24, 2, 300, fp32, dim=64, hidden_dim=32)
     elif device == "cpu":
-        yield Setting(2048, 16, 65_536, fp32, dim=384)
-        yield Setting(2048, 16, 65_536, bf16, dim=384)
+        yield Setting(8192, 32, 65_536, fp32, dim=384)
+        yield Setting(8192, 32, 65_536, bf16, dim=384)
     else:
         yield Setting(22_579, 32, 65_536, bf16, dim=768)
 
@@ -76,14 +75,20 @@ def our_head_losses(
     """Return this library's losses of rows that reach the heads; see ``Rival.head_losses``."""
     student_temp, batch = method.config.student_temp, teacher.cls_ND.shape[0] // 2
     with torch.no_grad():
-        heads = method.teacher.project(*teacher)
-        targets = sinkhorn([head.logits() for head in heads if head is not None], temp)
-    dino, ibot = method.student.project(*student)
+        encoded = _encode(method.teacher, teacher)
+        (targets,) = method.targets([encoded], temp).of_micro_batches
+    _, dino, ibot, _ = _encode(method.student, student)
     assert ibot is not None
+    assert targets.ibot is not None
     features_VBK = dino.features_NK.unflatten(0, (-1, batch))  # type: ignore[no-untyped-call]
-    parts = dino_loss(targets[0], features_VBK, dino.prototypes_PK, student_temp=student_temp)
-    loss = ibot_loss(targets[1], *ibot, weight_M, num_views=1, student_temp=student_temp)
+    parts = dino_loss(targets.dino, features_VBK, dino.prototypes_PK, student_temp=student_temp)
+    loss = ibot_loss(targets.ibot, *ibot, weight_M, num_views=1, student_temp=student_temp)
     return {"dino_global": parts.global_views, "dino_local": parts.local_views, "ibot": loss}
+
+
+def _encode(networks: Networks, rows: Rows) -> Encoded:
+    assert rows.masked_MD is not None
+    return networks.project(rows.cls_ND, rows.cls_ND, rows.masked_MD)
 
 
 class Backward:

@@ -140,7 +140,7 @@ def _seconds_per_step(stepper: Stepper, config: Config, store: Store) -> float:
     pipeline = ViewPipeline(store, config, device=DEVICE)
     values = step_values(config.schedule, 0, num_steps=1, batch_size=config.train.batch_size)
     seconds = []
-    with closing(pipeline.stream(0)) as stream:
+    with closing(pipeline.stream(0, MOST_STEPS)) as stream:
         for _ in range(NUM_COMPILING + NUM_CLOCKED):
             began = time.perf_counter()
             batch, _ = next(stream)
@@ -161,7 +161,7 @@ def _learn(stepper: Stepper, setting: Setting, seed: int, phantoms: Phantoms) ->
     curve, elapsed, points = Curve(), 0.0, list(setting.points_s)
     _probe(stepper, config, phantoms, curve, elapsed)
     pipeline = ViewPipeline(phantoms.store, config, device=DEVICE)
-    with closing(pipeline.stream(0)) as stream:
+    with closing(pipeline.stream(0, MOST_STEPS)) as stream:
         while points:
             step = len(curve.step_ms)
             values = step_values(

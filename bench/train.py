@@ -245,7 +245,7 @@ def _try(
     torch._dynamo.reset()
     gc.collect()
     torch.cuda.empty_cache()
-    config = replace(setting.config, train=TrainConfig(batch_size=size))
+    config = replace(setting.config, train=TrainConfig(batch_size=size, group_size=size))
     try:
         call = partial(_next_step, build(), cycle([[(random_batch(config, 0, device), 0)]]))
         times = time_ms({"": call}, device=device, rounds=setting.rounds)

@@ -26,15 +26,20 @@ from tapct_fast.config import (
     Zyx,
 )
 from tapct_fast.data.pipeline import ViewBatch
-from tapct_fast.ssl.method import DinoMethod
+from tapct_fast.model.block import draw_kept_rows
+from tapct_fast.ssl.method import DinoMethod, Kept
 from tapct_fast.ssl.param_groups import build_optimizer, param_groups
 from tapct_fast.ssl.schedules import StepValues
-from tapct_fast.train.step import train_step
+from tapct_fast.train.checkpoint import Run
+from tapct_fast.train.guard import start_guard
+from tapct_fast.train.processes import Processes
+from tapct_fast.train.step import MicroBatch, build_engine, train_step
 
 # What a step of this library runs; a bench adds itself and its rivals.
 SOURCES = [
     "bench/train_runs.py",
-    *("bench/train_rivals.py", "bench/train_eager.py", "tapct_fast/train/step.py"),
+    *("bench/train_rivals.py", "bench/train_eager.py"),
+    *(f"tapct_fast/train/{name}.py" for name in ("step", "guard", "processes")),
     *(f"tapct_fast/ssl/{name}.py" for name in ("method", "dino", "ibot", "koleo", "param_groups")),
     *(f"tapct_fast/model/{name}.py" for name in ("vit", "block", "attention", "heads")),
     *(
@@ -75,6 +80,9 @@ class Library:
         self.student, self.teacher = self.method.student, self.method.teacher
         groups = param_groups(self.student, depth=config.vit.depth, config=config.optim)
         self.optimizer = build_optimizer(groups, config.optim)
+        guard = start_guard(len(list(self.student.children())), device)
+        self.run = Run(self.method, self.optimizer, config, "", "", guard)
+        self.engine = build_engine(self.method, config.train, dtype=dtype, processes=Processes())
 
     def step(self, batches: MicroBatches, values: StepValues) -> LossNumbers:
         """Do one optimizer step in place and return its losses."""
@@ -83,16 +91,26 @@ class Library:
 
 def ours(library: Library, batches: MicroBatches, values: StepValues) -> LossNumbers:
     """Do one step of this library in place and return its losses."""
-    metrics = train_step(
-        library.method,
-        library.optimizer,
-        batches,
-        values,
-        accumulate=len(batches),
-        clip_norm=library.config.optim.clip_norm,
-        dtype=library.dtype,
-    )
-    return metrics.losses
+    own = [MicroBatch(views, _kept(library.config, views, seed)) for views, seed in batches]
+    losses = train_step(library.run, own, values, library.engine).read().losses
+    return {name: losses[name] for name in losses if name != "gram"}
+
+
+def _kept(config: Config, views: ViewBatch, seed: int | None) -> Kept | None:
+    """Return the rows that drop path keeps, those of the rivals with the same seed."""
+    if seed is None or not config.vit.drop_path:
+        return None
+    drawn = [
+        draw_kept_rows(
+            [2 * seed + kind],
+            depth=config.vit.depth,
+            num_views=views_VBZYX.shape[0],
+            group_size=views.num_samples,
+            drop_path=config.vit.drop_path,
+        ).to(views_VBZYX.device)
+        for kind, views_VBZYX in enumerate((views.global_VBZYX, views.local_VBZYX))
+    ]
+    return Kept(*drawn)
 
 
 def method_of(config: Config) -> DinoMethod:
@@ -146,7 +164,7 @@ def run_config(
             dim=dim, depth=depth, image_zyx=sizes[0], layer_scale=0.1, drop_path=drop_path
         ),
         heads=HeadsConfig(dino=head, ibot=head),
-        train=TrainConfig(batch_size=batch),
+        train=TrainConfig(batch_size=batch, group_size=batch),
     )
 
 

@@ -132,7 +132,7 @@ def test_a_restart_repeats_the_same_training(bench: SimpleNamespace) -> None:
 def test_half_of_the_views_are_masked_and_their_tokens_weigh_one_together(
     bench: SimpleNamespace,
 ) -> None:
-    config = replace(bench.train_runs.tiny_run(), train=TrainConfig(batch_size=6))
+    config = replace(bench.train_runs.tiny_run(), train=TrainConfig(batch_size=6, group_size=6))
     batch = bench.train_runs.random_batch(config, 0, "cpu")
     count_N = batch.mask_NL.sum(1)
     assert (count_N > 0).sum() == 6

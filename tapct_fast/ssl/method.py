@@ -108,7 +108,7 @@ class Networks(nn.Module):
         views_NCZYX, index_M = _as_volumes(batch.global_VBZYX), batch.masked_index_M
         rows_QD = self.backbone.read_rows(views_NCZYX, index_M)
         cls_ND, masked_MD = torch.split(rows_QD, [views_NCZYX.shape[0], index_M.shape[0]])
-        return self._project(cls_ND, cls_ND, masked_MD)
+        return self.project(cls_ND, cls_ND, masked_MD)
 
     def encode_student(
         self,
@@ -140,14 +140,15 @@ class Networks(nn.Module):
                 _as_volumes(batch.local_VBZYX), index_M[:0], kept_S2N=kept and kept.local_S2N
             )
             all_cls_ND = torch.cat([cls_ND, local_ND])
-        return self._project(cls_ND, all_cls_ND, masked_MD)._replace(patches_NLD=patches_NLD)
+        return self.project(cls_ND, all_cls_ND, masked_MD)._replace(patches_NLD=patches_NLD)
 
     def encode_patches(self, views_NCZYX: Tensor) -> Tensor:
         """Return the normed patch tokens patches_NLD of some views."""
         patches_NLD: Tensor = self.backbone(views_NCZYX).patches_BLD
         return patches_NLD
 
-    def _project(self, cls_ND: Tensor, all_cls_ND: Tensor, masked_MD: Tensor) -> Encoded:
+    def project(self, cls_ND: Tensor, all_cls_ND: Tensor, masked_MD: Tensor) -> Encoded:
+        """Run the heads on all normed cls tokens, global ones first, and on masked tokens."""
         dino: Projection = self.dino_head(all_cls_ND)
         if not masked_MD.shape[0]:  # a constant of the run
             return Encoded(cls_ND, dino, None)

@@ -111,6 +111,7 @@ def small_config(**settings: str) -> Config:
     from_tests = {
         "train.num_steps": "4",
         "train.batch_size": "4",
+        "train.group_size": "4",
         "train.checkpoint_every": "2",
         "train.num_workers": "1",
         "vit.dim": "64",
