@@ -333,10 +333,35 @@ def test_linear_gelu_is_the_layer_and_gelu_where_it_does_not_fuse() -> None:
         found_ND = linear_gelu(x_ND, linear)
         assert found_ND.dtype == torch.bfloat16
         assert torch.equal(found_ND, F.gelu(linear(x_ND)))
-    compiled = torch.compile(linear_gelu, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(x_ND, linear), plain_ND)
     double = nn.Linear(16, 24).double()
     assert torch.equal(linear_gelu(x_ND.double(), double), F.gelu(double(x_ND.double())))
+
+
+class Hidden(nn.Module):
+    """A layer with its GELU, as a module of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16, 24)
+
+    def forward(self, x_ND: Tensor) -> Tensor:
+        return linear_gelu(x_ND, self.layer)
+
+
+def test_a_compiled_graph_fuses_and_an_exported_one_holds_no_operator_of_ours() -> None:
+    x_ND, hidden = torch.randn(5, 16), Hidden()
+    compiled = torch.compile(hidden, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x_ND), hidden(x_ND))
+    gradients = []
+    for module in (hidden, compiled):
+        hidden.zero_grad()
+        module(x_ND).square().sum().backward()
+        gradients.append(hidden.layer.bias.grad)
+    assert torch.equal(*gradients)
+    program = torch.export.export(hidden, (x_ND,))
+    assert "tapct" not in program.graph_module.code
+    found_ND, expected_ND = program.module()(x_ND), F.gelu(hidden.layer(x_ND))
+    torch.testing.assert_close(found_ND, expected_ND, rtol=0, atol=0)
 
 
 def test_the_native_functions_refuse_what_they_cannot_take() -> None:
