@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.harness import Case, Device, Work, compiled, op_bench
+from tapct_fast.model import cpu_training  # noqa: F401 - provides the kernels for the CPU
 from tapct_kernels import layer_norm, residual_norm, residual_norm_ref
 
 EPS = 1e-6
@@ -211,12 +212,16 @@ def _work(draw: Callable[[], Inputs], device: Device, is_tiny: bool, kind: str) 
         tolerance=2e-2 if inputs.dtype == torch.bfloat16 else 1e-5,
         bytes=num_bytes,
         dtype=inputs.dtype,
-        backend="Triton kernel" if device == "cuda" else "eager definition",
+        backend="Triton kernel" if device == "cuda" else "tapct_fast",
         absent=absent,
     )
 
 
-main = op_bench(__file__, ["kernels/tapct_kernels/residual_norm.py"], cases)
+SOURCES = [
+    "kernels/tapct_kernels/residual_norm.py",
+    *("tapct_fast/model/cpu_training.py", "csrc/training_ops.cpp"),
+]
+main = op_bench(__file__, SOURCES, cases)
 
 if __name__ == "__main__":
     main()

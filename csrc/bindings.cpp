@@ -23,6 +23,7 @@
 #include "tapct/inflate.hpp"
 #include "tapct/nifti.hpp"
 #include "tapct/pixels.hpp"
+#include "tapct/training_ops.hpp"
 #include "tapct/views.hpp"
 #include "tapct/vit_ops.hpp"
 #include "tapct/voxels.hpp"
@@ -469,6 +470,118 @@ void gelu(Bf16& x, std::size_t num_threads) {
   tapct::gelu(values, count, num_threads);
 }
 
+void bias_gelu(const Params& x_ND, const Params& bias_D, Params& out_ND, std::size_t num_threads) {
+  const auto shape = shape_of<2>(x_ND, "bias_gelu: x_ND must have two axes");
+  if (shape_of<2>(out_ND, "bias_gelu: out_ND must have two axes") != shape ||
+      shape_of<1>(bias_D, "bias_gelu: bias_D must have one axis")[0] != shape[1]) {
+    throw std::invalid_argument("bias_gelu: the arrays do not have one shape");
+  }
+  const float* x = x_ND.data();
+  const float* bias = bias_D.data();
+  float* out = out_ND.mutable_data();
+  const py::gil_scoped_release release;
+  tapct::bias_gelu(x, bias, out, shape[0], shape[1], num_threads);
+}
+
+void bias_gelu_backward(const Params& grad_ND, const Params& x_ND, const Params& bias_D,
+                        Params& grad_x_ND, Params& grad_bias_D, std::size_t num_threads) {
+  const auto shape = shape_of<2>(x_ND, "bias_gelu_backward: x_ND must have two axes");
+  if (shape_of<2>(grad_ND, "bias_gelu_backward: grad_ND must have two axes") != shape ||
+      shape_of<2>(grad_x_ND, "bias_gelu_backward: grad_x_ND must have two axes") != shape ||
+      shape_of<1>(bias_D, "bias_gelu_backward: bias_D must have one axis")[0] != shape[1] ||
+      shape_of<1>(grad_bias_D, "bias_gelu_backward: grad_bias_D must have one axis")[0] !=
+          shape[1]) {
+    throw std::invalid_argument("bias_gelu_backward: the arrays do not have one shape");
+  }
+  const float* grad = grad_ND.data();
+  const float* x = x_ND.data();
+  const float* bias = bias_D.data();
+  float* grad_x = grad_x_ND.mutable_data();
+  float* grad_bias = grad_bias_D.mutable_data();
+  const py::gil_scoped_release release;
+  tapct::bias_gelu_backward(grad, x, bias, grad_x, grad_bias, shape[0], shape[1], num_threads);
+}
+
+using Index = std::optional<py::array_t<std::int64_t, py::array::c_style>>;
+using MaybeParams = std::optional<Params>;
+
+tapct::Listed listed(const Index& index) {
+  if (!index) {
+    return {false, {}};
+  }
+  return {true, {index->data(), shape_of<1>(*index, "residual_norm: an index has one axis")[0]}};
+}
+
+const float* data_of(const MaybeParams& array) { return array ? array->data() : nullptr; }
+
+// Whether an array, where there is one, holds what the op reads or writes of it.
+bool has_rows(const MaybeParams& array, const tapct::Listed& samples,
+              const tapct::ResidualNorm& op) {
+  const std::size_t count = samples.is_listed ? samples.samples.size() : op.num_samples;
+  return !array || static_cast<std::size_t>(array->size()) == count * op.num_tokens * op.width;
+}
+
+bool has_width(const MaybeParams& array, std::size_t width) {
+  return !array || static_cast<std::size_t>(array->size()) == width;
+}
+
+tapct::ResidualNorm residual_norm_of(const Params& x_NTD, const MaybeParams& gamma_D,
+                                     const MaybeParams& weight_D, const Index& index_K,
+                                     const Index& next_index_J, float scale, float eps) {
+  const auto shape = shape_of<3>(x_NTD, "residual_norm: x_NTD must have three axes");
+  if (!has_width(gamma_D, shape[2]) || !has_width(weight_D, shape[2])) {
+    throw std::invalid_argument("residual_norm: gamma, weight and x differ in width");
+  }
+  return {shape[0], shape[1], shape[2],         listed(index_K),  listed(next_index_J),
+          scale,    eps,      data_of(gamma_D), data_of(weight_D)};
+}
+
+void residual_norm(const Params& x_NTD, const MaybeParams& branch_KTD, const MaybeParams& gamma_D,
+                   const MaybeParams& weight_D, const MaybeParams& bias_D, const Index& index_K,
+                   const Index& next_index_J, float scale, float eps, MaybeParams out_NTD,
+                   MaybeParams normed_JTD, std::size_t num_threads) {
+  const auto op = residual_norm_of(x_NTD, gamma_D, weight_D, index_K, next_index_J, scale, eps);
+  if (branch_KTD.has_value() != out_NTD.has_value() || weight_D.has_value() != bias_D.has_value() ||
+      weight_D.has_value() != normed_JTD.has_value() || !has_width(bias_D, op.width) ||
+      !has_rows(branch_KTD, op.with_branch, op) || !has_rows(out_NTD, {false, {}}, op) ||
+      !has_rows(normed_JTD, op.with_norm, op)) {
+    throw std::invalid_argument("residual_norm: the arrays do not fit each other");
+  }
+  const float* x = x_NTD.data();
+  const float* branch = data_of(branch_KTD);
+  const float* bias = data_of(bias_D);
+  float* out = out_NTD ? out_NTD->mutable_data() : nullptr;
+  float* normed = normed_JTD ? normed_JTD->mutable_data() : nullptr;
+  const py::gil_scoped_release release;
+  tapct::residual_norm(op, x, branch, bias, out, normed, num_threads);
+}
+
+void residual_norm_backward(const MaybeParams& grad_out_NTD, const MaybeParams& grad_normed_JTD,
+                            const Params& read_NTD, const MaybeParams& branch_KTD,
+                            const MaybeParams& gamma_D, const MaybeParams& weight_D,
+                            const Index& index_K, const Index& next_index_J, float scale, float eps,
+                            Params& grad_x_NTD, MaybeParams grad_branch_KTD, Params& grads_3D,
+                            std::size_t num_threads) {
+  const auto op = residual_norm_of(read_NTD, gamma_D, weight_D, index_K, next_index_J, scale, eps);
+  if (branch_KTD.has_value() != grad_out_NTD.has_value() ||
+      branch_KTD.has_value() != grad_branch_KTD.has_value() ||
+      weight_D.has_value() != grad_normed_JTD.has_value() || !has_width(grads_3D, 3 * op.width) ||
+      !has_rows(branch_KTD, op.with_branch, op) || !has_rows(grad_branch_KTD, op.with_branch, op) ||
+      !has_rows(grad_out_NTD, {false, {}}, op) || !has_rows(grad_x_NTD, {false, {}}, op) ||
+      !has_rows(grad_normed_JTD, op.with_norm, op)) {
+    throw std::invalid_argument("residual_norm_backward: the arrays do not fit each other");
+  }
+  const float* grad_out = data_of(grad_out_NTD);
+  const float* grad_normed = data_of(grad_normed_JTD);
+  const float* read = read_NTD.data();
+  const float* branch = data_of(branch_KTD);
+  const tapct::ResidualNormGrads grads{grad_x_NTD.mutable_data(),
+                                       grad_branch_KTD ? grad_branch_KTD->mutable_data() : nullptr,
+                                       grads_3D.mutable_data()};
+  const py::gil_scoped_release release;
+  tapct::residual_norm_backward(op, grad_out, grad_normed, read, branch, grads, num_threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -483,6 +596,25 @@ PYBIND11_MODULE(_native, m) {
         py::arg("weight_D").noconvert(), py::arg("bias_D").noconvert(), py::arg("eps"),
         py::arg("out_ND").noconvert(), py::arg("num_threads"));
   m.def("gelu", &gelu, py::arg("x").noconvert(), py::arg("num_threads"));
+  m.def("bias_gelu", &bias_gelu, py::arg("x_ND").noconvert(), py::arg("bias_D").noconvert(),
+        py::arg("out_ND").noconvert(), py::arg("num_threads"));
+  m.def("bias_gelu_backward", &bias_gelu_backward, py::arg("grad_ND").noconvert(),
+        py::arg("x_ND").noconvert(), py::arg("bias_D").noconvert(),
+        py::arg("grad_x_ND").noconvert(), py::arg("grad_bias_D").noconvert(),
+        py::arg("num_threads"));
+  m.def("residual_norm", &residual_norm, py::arg("x_NTD").noconvert(),
+        py::arg("branch_KTD").noconvert(), py::arg("gamma_D").noconvert(),
+        py::arg("weight_D").noconvert(), py::arg("bias_D").noconvert(),
+        py::arg("index_K").noconvert(), py::arg("next_index_J").noconvert(), py::arg("scale"),
+        py::arg("eps"), py::arg("out_NTD").noconvert(), py::arg("normed_JTD").noconvert(),
+        py::arg("num_threads"));
+  m.def("residual_norm_backward", &residual_norm_backward, py::arg("grad_out_NTD").noconvert(),
+        py::arg("grad_normed_JTD").noconvert(), py::arg("read_NTD").noconvert(),
+        py::arg("branch_KTD").noconvert(), py::arg("gamma_D").noconvert(),
+        py::arg("weight_D").noconvert(), py::arg("index_K").noconvert(),
+        py::arg("next_index_J").noconvert(), py::arg("scale"), py::arg("eps"),
+        py::arg("grad_x_NTD").noconvert(), py::arg("grad_branch_KTD").noconvert(),
+        py::arg("grads_3D").noconvert(), py::arg("num_threads"));
 
   py::class_<NiftiImage, std::shared_ptr<NiftiImage>>(
       m, "NiftiImage", py::metaclass(reinterpret_cast<PyObject*>(&PyType_Type)))

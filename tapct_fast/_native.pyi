@@ -185,3 +185,47 @@ def add_norm(
     num_threads: int,
 ) -> None: ...
 def gelu(x: npt.NDArray[np.uint16], num_threads: int) -> None: ...
+def bias_gelu(
+    x_ND: npt.NDArray[np.float32],
+    bias_D: npt.NDArray[np.float32],
+    out_ND: npt.NDArray[np.float32],
+    num_threads: int,
+) -> None: ...
+def bias_gelu_backward(
+    grad_ND: npt.NDArray[np.float32],
+    x_ND: npt.NDArray[np.float32],
+    bias_D: npt.NDArray[np.float32],
+    grad_x_ND: npt.NDArray[np.float32],
+    grad_bias_D: npt.NDArray[np.float32],
+    num_threads: int,
+) -> None: ...
+def residual_norm(
+    x_NTD: npt.NDArray[np.float32],
+    branch_KTD: npt.NDArray[np.float32] | None,
+    gamma_D: npt.NDArray[np.float32] | None,
+    weight_D: npt.NDArray[np.float32] | None,
+    bias_D: npt.NDArray[np.float32] | None,
+    index_K: npt.NDArray[np.int64] | None,
+    next_index_J: npt.NDArray[np.int64] | None,
+    scale: float,
+    eps: float,
+    out_NTD: npt.NDArray[np.float32] | None,
+    normed_JTD: npt.NDArray[np.float32] | None,
+    num_threads: int,
+) -> None: ...
+def residual_norm_backward(
+    grad_out_NTD: npt.NDArray[np.float32] | None,
+    grad_normed_JTD: npt.NDArray[np.float32] | None,
+    read_NTD: npt.NDArray[np.float32],
+    branch_KTD: npt.NDArray[np.float32] | None,
+    gamma_D: npt.NDArray[np.float32] | None,
+    weight_D: npt.NDArray[np.float32] | None,
+    index_K: npt.NDArray[np.int64] | None,
+    next_index_J: npt.NDArray[np.int64] | None,
+    scale: float,
+    eps: float,
+    grad_x_NTD: npt.NDArray[np.float32],
+    grad_branch_KTD: npt.NDArray[np.float32] | None,
+    grads_3D: npt.NDArray[np.float32],
+    num_threads: int,
+) -> None: ...

@@ -91,7 +91,11 @@ def _devices() -> list[Finding]:
     return [
         Finding("device", f"cpu, {torch.get_num_threads()} threads ({why})"),
         Finding("precision", "fp32 (auto: CPU runs are kept exact)"),
-        Finding("fused ops", "eager definitions (Triton kernels need CUDA)"),
+        Finding(
+            "fused ops",
+            "native residual_norm and gelu in float32, other ops and dtypes eager definitions "
+            "(Triton kernels need CUDA)",
+        ),
         *_attention("cpu"),
         _renderer("cpu"),
     ]

@@ -26,6 +26,11 @@ def test_doctor_names_the_chosen_attention_and_its_version() -> None:
     assert state_of("attention, mixed lengths") == f"dense (torch {torch.__version__})"
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the choice of a machine without a GPU")
+def test_doctor_names_the_ops_that_are_native_on_a_cpu() -> None:
+    assert state_of("fused ops").startswith("native residual_norm and gelu in float32, other ops")
+
+
 def test_doctor_says_why_a_backend_was_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
     older = Backend("sdpa flash", "torch 2.6", (("sdpa cudnn", "cuDNN 9.1 has no such kernel"),))
     monkeypatch.setattr(tapct_kernels, "choose_backend", lambda *_: older)

@@ -11,11 +11,13 @@ norm is wanted, S partial sums, 3 gradients (gamma, weight, bias).
 Sums, statistics and gradients of parameters are float32 (float64 for float64 tokens); out has x's
 dtype, normed the one asked for. The backward keeps out, branch and the parameters, recomputes mean
 and deviation (the row is read anyway), and adds up parameters' gradients per program, then over
-programs, always in the same order.
+programs, always in the same order. On the CPU, float32 tokens, parameters and norm take the kernels
+of whoever has called ``provide_cpu``, whatever the layout; all else is the eager definition.
 Source: LayerNorm, arXiv:1607.06450; LayerScale, arXiv:2103.17239; drop path on a subset, DINOv2,
 arXiv:2304.07193 section 5.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -286,15 +288,68 @@ def _backward_triton(
     return grad_x_NTD, grad_branch_KTD, sums_S3D.sum(0)
 
 
+_cpu_kernels: list[tuple[Callable[..., None], Callable[..., None]]] = []
+
+
+def provide_cpu(forward: Callable[..., None], backward: Callable[..., None]) -> None:
+    """Offer kernels for the CPU that fill tensors of float32. tapct_fast calls this.
+
+    Args:
+        forward: Takes the op's operands up to ``eps``, contiguous, then out and normed.
+        backward: Takes the backward's, contiguous, then the gradients of x, branch and the
+            parameters. What an absent operand leaves empty is None for both.
+    """
+    _cpu_kernels[:] = [(forward, backward)]
+
+
+def _takes_cpu_kernel(dtype: torch.dtype, *tensors: Tensor | None) -> bool:
+    return bool(_cpu_kernels) and all(
+        t is None or (t.device.type == "cpu" and t.dtype == dtype == torch.float32) for t in tensors
+    )
+
+
+def _unless(is_absent: bool, tensor: Tensor) -> Tensor | None:
+    return None if is_absent else tensor
+
+
+def _forward_cpu(
+    x_NTD: Tensor, branch_KTD: Tensor | None, gamma_D: Tensor | None, weight_D: Tensor | None,
+    bias_D: Tensor | None, index_K: Tensor | None, next_index_J: Tensor | None,
+    scale: float, eps: float, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    operands = (x_NTD, branch_KTD, gamma_D, weight_D, bias_D, index_K, next_index_J)
+    out_NTD, normed_JTD = _empty_outputs(x_NTD, branch_KTD, weight_D, next_index_J, dtype)
+    outputs = (_unless(branch_KTD is None, out_NTD), _unless(weight_D is None, normed_JTD))
+    _cpu_kernels[0][0](*_compact(*operands), scale, eps, *outputs)
+    return out_NTD, normed_JTD
+
+
+def _backward_cpu(
+    grad_out_NTD: Tensor, grad_normed_JTD: Tensor, read_NTD: Tensor, branch_KTD: Tensor | None,
+    gamma_D: Tensor | None, weight_D: Tensor | None, index_K: Tensor | None,
+    next_index_J: Tensor | None, scale: float, eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    operands = (
+        *(_unless(branch_KTD is None, grad_out_NTD), _unless(weight_D is None, grad_normed_JTD)),
+        *(read_NTD, branch_KTD, gamma_D, weight_D, index_K, next_index_J),
+    )
+    grad_x_NTD, grad_branch_KTD, grads_3D = _empty_gradients(read_NTD, branch_KTD)
+    outputs = (grad_x_NTD, _unless(branch_KTD is None, grad_branch_KTD), grads_3D)
+    _cpu_kernels[0][1](*_compact(*operands), scale, eps, *outputs)
+    return grad_x_NTD, grad_branch_KTD, grads_3D
+
+
 @torch.library.custom_op("tapct::residual_norm", mutates_args=())
 def _op(
     x_NTD: Tensor, branch_KTD: Tensor | None, gamma_D: Tensor | None, weight_D: Tensor | None,
     bias_D: Tensor | None, index_K: Tensor | None, next_index_J: Tensor | None,
     scale: float, eps: float, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Return out and normed; Triton on CUDA, the eager definition elsewhere."""
+    """Return out and normed; Triton on CUDA, on the CPU a kernel for float32, else eager."""
     operands = (x_NTD, branch_KTD, gamma_D, weight_D, bias_D, index_K, next_index_J)
     _check(*operands)
+    if _takes_cpu_kernel(dtype, *operands[:5]):
+        return _forward_cpu(*operands, scale, eps, dtype)
     return residual_norm_ref(*operands, scale, eps, dtype)
 
 
@@ -370,7 +425,8 @@ def _backward_op(
     ``read_NTD`` is what was normed: out, or x where there is no branch.
     """
     operands = (grad_out_NTD, grad_normed_JTD, read_NTD, branch_KTD, gamma_D, weight_D)
-    return _backward_ref(*operands, index_K, next_index_J, scale, eps)
+    backward = _backward_cpu if _takes_cpu_kernel(read_NTD.dtype, *operands) else _backward_ref
+    return backward(*operands, index_K, next_index_J, scale, eps)
 
 
 _backward_op.register_kernel("cuda")(_backward_triton)

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from tapct_fast.config import VitConfig
 from tapct_fast.model.attention import Attention
+from tapct_fast.model.linear import linear_gelu
 from tapct_kernels import layer_norm, residual, residual_norm
 
 NORM_EPS = 1e-6  # DINOv2
@@ -40,7 +41,7 @@ class Mlp(nn.Module):
 
     def forward(self, x_NTD: Tensor) -> Tensor:
         """Return the feed-forward branch."""
-        out_NTD: Tensor = self.fc2(F.gelu(self.fc1(x_NTD)))
+        out_NTD: Tensor = self.fc2(linear_gelu(x_NTD, self.fc1))
         return out_NTD
 
 

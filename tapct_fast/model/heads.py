@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tapct_fast.config import HeadConfig
+from tapct_fast.model.linear import linear_gelu
 
 
 class Projection(NamedTuple):
@@ -83,7 +84,10 @@ class PrototypeHead(nn.Module):
 
     def bottleneck(self, x_ND: Tensor) -> Tensor:
         """Return the features the prototypes see, of unit length."""
-        x_NK = self.mlp(x_ND)
+        *hidden, last = (layer for layer in self.mlp if isinstance(layer, nn.Linear))
+        for layer in hidden:
+            x_ND = linear_gelu(x_ND, layer)
+        x_NK = last(x_ND)
         return F.normalize(x_NK, dim=-1, eps=1e-6 if x_NK.dtype == torch.float16 else 1e-12)
 
     def forward(self, x_ND: Tensor) -> Projection:

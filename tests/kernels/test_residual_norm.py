@@ -114,7 +114,9 @@ def test_public_functions_are_the_forms_of_the_op() -> None:
     inputs[-1] = torch.float16
     for one, other in zip(found, _op(*inputs), strict=True):
         assert torch.equal(one, other)
-    assert torch.equal(residual(x, branch, gamma, index_K=index, scale=SCALE), found[0])
+    # A CPU kernel, where one was provided, takes the form whose norm is not float16: rounding.
+    out = residual(x, branch, gamma, index_K=index, scale=SCALE)
+    torch.testing.assert_close(out, found[0], rtol=1e-6, atol=1e-6)
     assert torch.equal(layer_norm(found[0], weight, bias, index_J=next_index, **norm), found[1])
     assert found[1].dtype == torch.float16
 
