@@ -123,7 +123,15 @@ def _train(args: argparse.Namespace) -> int:
     _existing([args.store], "STORE")
     from tapct_fast.train.loop import train
 
-    train(config, args.store, args.out, resume=args.resume, device=args.device, progress=True)
+    train(
+        config,
+        args.store,
+        args.out,
+        resume=args.resume,
+        device=args.device,
+        progress=True,
+        track=args.track,
+    )
     return 0
 
 
@@ -366,6 +374,12 @@ def _parser() -> _Parser:
         help="never: refuse a folder that holds a run",
     )
     train.add_argument("--device", default=None, help="default: cuda where there is one, else cpu")
+    train.add_argument(
+        "--track",
+        type=lambda names: [name for name in names.split(",") if name],
+        metavar="NAME,...",
+        help="tensorboard, wandb, mlflow, or '' for none (default: tensorboard where installed)",
+    )
     train.set_defaults(run=_train)
 
     views = verbs.add_parser(

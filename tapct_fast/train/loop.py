@@ -4,9 +4,10 @@ A run is a pure function of config, store and backend: every draw is keyed by (s
 that was killed and started again gives the same losses and weights bit for bit.
 """
 
+import dataclasses
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from tapct_fast.config import Config, to_json
+from tapct_fast.config import Config, flatten, to_json
 from tapct_fast.data.pipeline import ViewBatch, ViewPipeline
 from tapct_fast.data.rng import Stream, generator
 from tapct_fast.errors import InputError, StoppedError, TrainError
@@ -28,6 +29,7 @@ from tapct_fast.train.checkpoint import Run, has_run, load_latest, save
 from tapct_fast.train.log import RunLog, notify
 from tapct_fast.train.signals import StopSignals
 from tapct_fast.train.step import StepMetrics, train_step
+from tapct_fast.train.trackers import choose_trackers
 from tapct_kernels.attention import choose_backend as choose_attention
 
 _SEEDS = 2**61  # networks and drop path add to, or double, what is drawn below this
@@ -51,21 +53,24 @@ def train(
     resume: Literal["auto", "never"] = "auto",
     device: torch.device | str | None = None,
     progress: bool = False,
+    track: Sequence[str] | None = None,
 ) -> TrainResult:
     """Train to ``config.train.num_steps``, from the newest checkpoint in ``out_dir`` if any.
 
     Args:
         config: The run.
         store_dir: Folder written by ``pack``.
-        out_dir: Gets ``config.json``, ``metrics.jsonl``, ``checkpoints/`` and ``tensorboard/``;
-            and ``quarantine.jsonl``, if cases turn out damaged.
+        out_dir: Gets ``config.json``, ``metrics.jsonl``, ``checkpoints/`` and what the trackers
+            write; and ``quarantine.jsonl``, if cases turn out damaged.
         resume: ``auto`` continues a run in ``out_dir``; ``never`` refuses a folder that holds one.
         device: By default CUDA where there is one, else the CPU.
         progress: Show a progress line on stderr.
+        track: Names of trackers, see ``trackers.KINDS``; by default TensorBoard where installed.
 
     Raises:
-        InputError: ``out_dir`` holds a run and ``resume`` is ``never``, there is no such device, or
-            the renderer that was asked for cannot run on it.
+        InputError: A tracker is unknown or not installed, ``out_dir`` holds a run and ``resume``
+            is ``never``, there is no such device, or the renderer that was asked for cannot run
+            on it.
         StoreReadError: A case could not be read, however often it was tried.
         StoreError: The store is missing or empty, or too many of its cases are damaged.
         CheckpointError: The run in ``out_dir`` has other settings or another store, or is damaged.
@@ -73,6 +78,7 @@ def train(
         StoppedError: SIGTERM or SIGUSR1 came; the checkpoint of the step then at work is written.
     """
     start = time.perf_counter()
+    trackers = choose_trackers(track)
     store = Store.open(store_dir)
     if resume == "never" and has_run(out_dir):
         raise InputError("--out holds a run; --resume auto continues it, or give another --out")
@@ -93,7 +99,14 @@ def train(
         write_atomic(out_dir / "config.json", (to_json(config) + "\n").encode())
     except OSError as error:
         raise InputError(f"--out cannot be written: {error.strerror}") from None
-    with RunLog(out_dir, step=step, num_steps=config.train.num_steps, progress=progress) as log:
+    with RunLog(
+        out_dir,
+        step=step,
+        num_steps=config.train.num_steps,
+        progress=progress,
+        settings=flatten(dataclasses.asdict(config)),
+        track=trackers,
+    ) as log:
         folder = _run_steps(run, pipeline, log, out_dir, step, dtype)
     return TrainResult(
         checkpoint=folder,

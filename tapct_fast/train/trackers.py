@@ -127,8 +127,8 @@ class Mlflow:
     """A run in ``mlflow/``, or where MLFLOW_TRACKING_URI says."""
 
     def __init__(self, start: Start) -> None:
-        # mlflow reports its use to its makers unless this is set before it is imported, and wants the
-        # second one said where runs are files.
+        # Read by mlflow when it is imported. Without the first it reports its use to its makers,
+        # without the second it refuses to keep runs in files.
         os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
         # A server that is away: by default training would wait for 7 tries of up to 120 seconds.
