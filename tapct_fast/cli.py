@@ -5,6 +5,7 @@ Exit codes: 0 done, 2 a wrong argument or setting, 65 data that cannot be used, 
 """
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from tapct_fast import __version__, recipes
+from tapct_fast.config import Config
 from tapct_fast.errors import (
     POLICIES,
     BackboneError,
@@ -120,6 +122,10 @@ def _overrides(rest: Sequence[str]) -> dict[str, str]:
 
 def _train(args: argparse.Namespace) -> int:
     config = recipes.override(recipes.recipe(args.recipe), _overrides(args.settings))
+    if args.dry_run:
+        return _dry_run(config, args)
+    if args.world is not None or args.json:
+        raise InputError("--world and --json go with --dry-run; torchrun says how many ranks train")
     _existing([args.store], "STORE")
     from tapct_fast.train.loop import train
 
@@ -132,6 +138,14 @@ def _train(args: argparse.Namespace) -> int:
         progress=True,
         track=args.track,
     )
+    return 0
+
+
+def _dry_run(config: Config, args: argparse.Namespace) -> int:
+    from tapct_fast.train import plan
+
+    made = plan.plan(config, world=args.world or 1)
+    print(json.dumps(plan.to_json(made), indent=1) if args.json else plan.render(made))
     return 0
 
 
@@ -380,6 +394,14 @@ def _parser() -> _Parser:
         metavar="NAME,...",
         help="tensorboard, wandb, mlflow, or '' for none (default: tensorboard where installed)",
     )
+    train.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print parameters, memory and FLOPs, try a step on fake tensors, and stop; "
+        "STORE and DIR are not touched",
+    )
+    train.add_argument("--world", type=int, metavar="N", help="ranks of the dry run (default: 1)")
+    train.add_argument("--json", action="store_true", help="print the dry run as JSON")
     train.set_defaults(run=_train)
 
     views = verbs.add_parser(
