@@ -126,6 +126,23 @@ def test_wandb_has_every_row_once_after_a_resume(tmp_path: Path) -> None:
     assert rows == [row(step) for step in range(1, 6)]
 
 
+def test_the_users_own_settings_of_wandb_and_mlflow_are_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wandb = pytest.importorskip("wandb", reason="pip install 'tapct-fast[track]'")
+    mlflow = pytest.importorskip("mlflow", reason="pip install 'tapct-fast[track]'")
+    elsewhere = (tmp_path / "elsewhere").as_uri()
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", elsewhere)
+    wandb.teardown()  # what it has read of the environment
+    killed_and_resumed(tmp_path, ["wandb", "mlflow"])
+    assert not list(tmp_path.rglob("*.wandb"))
+    assert not (tmp_path / "mlflow").exists()
+    client = mlflow.MlflowClient(tracking_uri=elsewhere)
+    run_id = json.loads((tmp_path / "trackers.json").read_text())["mlflow"]
+    assert len(client.get_metric_history(run_id, "loss")) == 5
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_what_a_tracker_is_told_names_no_host_user_or_path(name: str, tmp_path: Path) -> None:
     pytest.importorskip(name, reason="pip install 'tapct-fast[track]'")
