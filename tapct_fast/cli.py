@@ -552,3 +552,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"tapct-fast {args.verb}: interrupted; the same command goes on", file=sys.stderr)
         return 130
     return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
