@@ -106,8 +106,7 @@ class Plan(NamedTuple):
 
 def legal_worlds(config: Config) -> list[int]:
     """Return the numbers of ranks among which the samples of a step can be divided."""
-    train = config.train
-    most = train.batch_size // (train.accumulate * _group_size(config))
+    most = config.train.batch_size // config.train.accumulate
     return [world for world in range(1, most + 1) if most % world == 0]
 
 
@@ -242,12 +241,6 @@ def _memory(
         logits=size * logits,
         saved=saved,
     )
-
-
-def _group_size(config: Config) -> int:
-    """Return how many samples draw masks and drop path together, and are never divided."""
-    assert config.train.batch_size
-    return 1
 
 
 def _groups(config: Config) -> tuple[ViewGroupConfig, ViewGroupConfig]:
