@@ -76,7 +76,7 @@ def _draws(run: Run, num_cases: int) -> None:
         "first of an epoch": _percentiles(lambda: CaseOrder(num_cases, seed=0).case_at(0), 5),
         "1 draw, order made anew": _percentiles(one_anew, 5),
     }
-    run.write(case, "cpu", times, order_bytes=4 * num_cases)
+    run.write(case, "cpu", times, bytes=4 * num_cases)
 
 
 def _first_draw(run: Run, num_cases: int, num_slices: int) -> None:
@@ -104,7 +104,7 @@ def _first_draw(run: Run, num_cases: int, num_slices: int) -> None:
             case,
             "cpu",
             times,
-            index_bytes=index.stat().st_size,
+            bytes=index.stat().st_size,
             resident_bytes=max(_resident_bytes() - before, 0),
         )
 
