@@ -158,7 +158,7 @@ def count_parameters(config: Config) -> Parameters:
 
 
 def count_flops(config: Config, micro: int) -> Flops:
-    """Return the model FLOPs of a sample; masks and drop path are those of ``micro`` samples."""
+    """Return the model FLOPs of a sample; its masked tokens are a share of ``micro`` samples'."""
     vit, heads = config.vit, config.heads
     num_global, num_local = config.views.global_views.num, config.views.local_views.num
     tokens_global, tokens_local = _num_tokens(config)
