@@ -6,6 +6,7 @@ its first read: index, order by content, reader, one draw.
 """
 
 import gc
+import json
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -76,7 +77,7 @@ def _draws(run: Run, num_cases: int) -> None:
         "first of an epoch": _percentiles(lambda: CaseOrder(num_cases, seed=0).case_at(0), 5),
         "1 draw, order made anew": _percentiles(one_anew, 5),
     }
-    run.write(case, "cpu", times, bytes=4 * num_cases)
+    run.write(case, "cpu", times, bytes=4 * num_cases, verified="both draw the same case")
 
 
 def _first_draw(run: Run, num_cases: int, num_slices: int) -> None:
@@ -98,14 +99,24 @@ def _first_draw(run: Run, num_cases: int, num_slices: int) -> None:
             store._reader()
 
         before = _resident_bytes()
-        times = {"tapct_fast": _percentiles(ours, 3 if num_cases < 1_000_000 else 1)}
+        rounds = 3 if num_cases < 1_000_000 else 1
+        times = {"tapct_fast": _percentiles(ours, rounds)}
         gc.collect()
+        resident = max(_resident_bytes() - before, 0)
+        names = {record.case for record in kept.pop()._cases}
+        if len(names) != num_cases:
+            raise ValueError("cases are missing; not written")
+        names.clear()
+        times["json.loads of the index"] = _percentiles(
+            lambda: json.loads(index.read_bytes()), rounds
+        )
         run.write(
             case,
             "cpu",
             times,
             bytes=index.stat().st_size,
-            resident_bytes=max(_resident_bytes() - before, 0),
+            resident_bytes=resident,
+            verified="every case is there",
         )
 
 
@@ -129,7 +140,7 @@ def _checkpoint(run: Run, name: str) -> None:
             "tapct_fast save": _percentiles(lambda: save(state, out, 1), 3),
             "tapct_fast verify": _percentiles(lambda: verify(path), 3),
         }
-        run.write(case, "cpu", times, bytes=size)
+        run.write(case, "cpu", times, bytes=size, verified="by its hashes")
 
 
 def _record(number: int, num_slices: int) -> CaseRecord:
