@@ -9,6 +9,7 @@ inputs are named by position, never by path.
 """
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from tapct_fast import __version__, recipes
+from tapct_fast.config import Config
 from tapct_fast.errors import (
     POLICIES,
     BackboneError,
@@ -129,6 +131,7 @@ def _fit(args: argparse.Namespace) -> recipes.Fit | None:
     num_gpus = os.environ.get("WORLD_SIZE", "1") if args.preset == "auto" else args.preset
     if not num_gpus.isdecimal():
         raise ConfigError(f"--preset {args.preset!r} is neither auto nor a number of GPUs")
+    _existing([args.store], "STORE")
     import torch
 
     from tapct_fast.io.store import Store
@@ -140,9 +143,13 @@ def _fit(args: argparse.Namespace) -> recipes.Fit | None:
 
 
 def _train(args: argparse.Namespace) -> int:
-    _existing([args.store], "STORE")
     recipe = recipes.recipe(args.recipe, fit=_fit(args))
     config = recipes.override(recipe, _overrides(args.settings))
+    if args.dry_run:
+        return _dry_run(config, args)
+    if args.world is not None or args.json:
+        raise InputError("--world and --json go with --dry-run; torchrun says how many ranks train")
+    _existing([args.store], "STORE")
     probes = _existing(args.probe, "--probe"), _existing(args.probe_labels, "--probe-labels")
     from tapct_fast.monitor.dashboard import Dashboard
     from tapct_fast.monitor.probe import OnlineProbe
@@ -168,9 +175,18 @@ def _train(args: argparse.Namespace) -> int:
             resume=args.resume,
             device=args.device,
             progress=True,
+            track=args.track,
             observers=observers,
             processes=processes,
         )
+    return 0
+
+
+def _dry_run(config: Config, args: argparse.Namespace) -> int:
+    from tapct_fast.train import plan
+
+    made = plan.plan(config, world=args.world or 1)
+    print(json.dumps(plan.to_json(made), indent=1) if args.json else plan.render(made))
     return 0
 
 
@@ -471,6 +487,20 @@ def _parser() -> _Parser:
         help="fit length, batch, momentum and prototypes of the recipe to the number of scans in "
         "STORE and to the GPUs of this call (torchrun), or to N GPUs",
     )
+    train.add_argument(
+        "--track",
+        type=lambda names: [name for name in names.split(",") if name],
+        metavar="NAME,...",
+        help="tensorboard, wandb, mlflow, or '' for none (default: tensorboard where installed)",
+    )
+    train.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print parameters, memory and FLOPs, try a step on fake tensors, and stop; "
+        "STORE and DIR are not touched",
+    )
+    train.add_argument("--world", type=int, metavar="N", help="ranks of the dry run (default: 1)")
+    train.add_argument("--json", action="store_true", help="print the dry run as JSON")
     train.set_defaults(run=_train)
 
     replay = verbs.add_parser(
@@ -656,3 +686,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"tapct-fast {args.verb}: interrupted; the same command goes on", file=sys.stderr)
         return 130
     return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -9,6 +9,7 @@ import json
 import math
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any, Literal, TypeVar
@@ -416,6 +417,17 @@ def to_json(node: object) -> str:
     assert dataclasses.is_dataclass(node)
     assert not isinstance(node, type)
     return json.dumps(dataclasses.asdict(node), indent=1)
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return dotted names and values of a tree of settings, in reading order."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
 
 
 def from_json(kind: type[Node], text: str) -> Node:

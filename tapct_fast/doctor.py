@@ -22,6 +22,8 @@ _OPTIONAL = (
     ("gdcm", "python-gdcm", "compressed DICOM", "pip install 'tapct-fast[dicom]'"),
     ("SimpleITK", "SimpleITK", "NRRD and MetaImage", "pip install 'tapct-fast[itk]'"),
     ("tensorboard", "tensorboard", "TensorBoard logs", "pip install 'tapct-fast[track]'"),
+    ("wandb", "wandb", "logs for Weights & Biases", "pip install 'tapct-fast[track]'"),
+    ("mlflow", "mlflow-skinny", "logs for MLflow", "pip install 'tapct-fast[track]'"),
     ("huggingface_hub", "huggingface-hub", "backbones by hub id", "pip install 'tapct-fast[hf]'"),
 )
 

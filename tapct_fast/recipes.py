@@ -25,6 +25,7 @@ from tapct_fast.config import (
     ViewGroupConfig,
     ViewsConfig,
     VitConfig,
+    flatten,
     from_json,
     to_json,
 )
@@ -282,17 +283,7 @@ def recipe(name: str, *, fit: Fit | None = None) -> Config:
 
 def settings(config: Config) -> dict[str, Any]:
     """Flatten the tree to dotted names and values, in reading order."""
-    flat: dict[str, Any] = {}
-
-    def walk(node: Mapping[str, Any], prefix: str) -> None:
-        for key, value in node.items():
-            if isinstance(value, dict):
-                walk(value, f"{prefix}{key}.")
-            else:
-                flat[prefix + key] = value
-
-    walk(dataclasses.asdict(config), "")
-    return flat
+    return flatten(dataclasses.asdict(config))
 
 
 def override(config: Config, values: Mapping[str, str]) -> Config:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tapct_fast.config import Config, ViewGroupConfig, Zyx
-from tapct_fast.data.crops import Crop, crop_at
+from tapct_fast.data.crops import CaseOrder, Crop, crop_at
 from tapct_fast.data.rng import Stream, generator
 from tapct_fast.data.views import ViewTable, draw_views
 from tapct_fast.errors import StoreError, StoreReadError
@@ -56,8 +56,9 @@ class Samples:
             raise StoreError("the store has no cases: pack scans; see its quarantine.jsonl")
         self._store = store
         # By content: ids are random per store, yet the same scans and seed must give the same run.
-        self._order = sorted(range(len(store.cases)), key=lambda i: store.cases[i].crc32s)
-        self._cases = [store.cases[i] for i in self._order]
+        self._by_content = sorted(range(len(store.cases)), key=lambda i: store.cases[i].crc32s)
+        self._cases = [store.cases[i] for i in self._by_content]
+        self._order = CaseOrder(len(self._cases), seed=config.train.seed)
         self._config = config
         self._on_damage = on_damage
         self._damaged: set[int] = set()  # positions in the store
@@ -71,7 +72,7 @@ class Samples:
     def draw(self, index: int, *, skip: int = 0) -> Sample:
         """Draw sample ``index`` of the run; ``skip`` as in ``crop_at``."""
         config, seed = self._config, self._config.train.seed
-        crop = crop_at(self._cases, config.crops, seed=seed, index=index, skip=skip)
+        crop = crop_at(self._cases, config.crops, self._order, index=index, skip=skip)
         record = self._cases[crop.case]
         tables = [
             draw_views(
@@ -91,8 +92,8 @@ class Samples:
         return Sample(
             index,
             record,
-            Crop(self._order[crop.case], crop.lo_zyx, crop.shape_zyx),
-            Crop(self._order[crop.case], (z, y, x), shape_zyx),
+            Crop(self._by_content[crop.case], crop.lo_zyx, crop.shape_zyx),
+            Crop(self._by_content[crop.case], (z, y, x), shape_zyx),
             tuple(t._replace(lo_V3=t.lo_V3 - shift_3, hi_V3=t.hi_V3 - shift_3) for t in tables),
         )
 

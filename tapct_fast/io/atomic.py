@@ -4,6 +4,7 @@ A write goes to a temporary name in the same folder, reaches the disk (fsync), t
 """
 
 import contextlib
+import gc
 import hashlib
 import json
 import os
@@ -128,17 +129,51 @@ def read_json(path: Path, kind: str) -> Any:
     Raises:
         FormatError: The file is missing, too large or not JSON.
     """
+    return parse_json(read_limited(path, kind), path, kind)
+
+
+def read_limited(path: Path, kind: str, *, limit: int = MAX_JSON_BYTES) -> bytes:
+    """Return the content of a file; ``kind`` names it in errors.
+
+    Raises:
+        FormatError: The file is missing or larger than ``limit`` bytes.
+    """
     try:
         with path.open("rb") as file:
-            data = file.read(MAX_JSON_BYTES + 1)
+            data = file.read(min(path.stat().st_size, limit) + 1)
     except (FileNotFoundError, NotADirectoryError):
         raise FormatError(kind, f"there is no {path.name}") from None
-    if len(data) > MAX_JSON_BYTES:
-        raise FormatError(kind, f"{path.name} is larger than {MAX_JSON_BYTES} bytes")
+    if len(data) > limit:
+        raise FormatError(kind, f"{path.name} is larger than {limit} bytes")
+    return data
+
+
+def parse_json(data: bytes, path: Path, kind: str) -> Any:
+    """Parse what ``path`` holds strictly.
+
+    Raises:
+        FormatError: It is not JSON.
+    """
     try:
-        return json.loads(data, parse_constant=_refuse_constant)
+        with without_collector():
+            return json.loads(data, parse_constant=_refuse_constant)
     except (ValueError, RecursionError):
         raise FormatError(kind, f"{path.name} is not JSON; it is damaged or cut short") from None
+
+
+@contextlib.contextmanager
+def without_collector() -> Iterator[None]:
+    """Make many objects that live on without collecting garbage in between.
+
+    The collector looks at all of them again and again: 3.1 against 1.3 s for an index of 320 MB.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _refuse_constant(text: str) -> NoReturn:

@@ -28,10 +28,12 @@ import numpy.typing as npt
 from tapct_fast import _native
 from tapct_fast.config import HuConfig
 from tapct_fast.errors import InputError, StoreError
+from tapct_fast.io.atomic import without_collector
 from tapct_fast.io.store_index import CaseRecord, Zyx, read_sealed, record_of
 from tapct_fast.io.volume import Volume
 
 BLOCK_ZYX = (4, 64, 64)  # voxels; 32 KiB, decoded alone
+MAX_INDEX_BYTES = 1 << 32  # 1.4 million cases of 300 slices: 3.0 KB each
 MAX_OPEN_FILES = 256  # per process; a limit of 1024 descriptors is common
 
 
@@ -62,8 +64,9 @@ class Store:
             StoreError: The folder is no store, or its index is damaged or of another version.
         """
         way_out = "make or rebuild it with 'tapct-fast pack'"
-        index = read_sealed(directory / "index.json", "store index", way_out)
-        cases = tuple(record_of(raw) for raw in index["cases"])
+        index = read_sealed(directory / "index.json", "store index", way_out, limit=MAX_INDEX_BYTES)
+        with without_collector():
+            cases = tuple(record_of(raw) for raw in index["cases"])
         return cls(directory, cases, index["codec"], index["sha256"], mmap)
 
     def __reduce__(self) -> tuple[object, ...]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from tapct_fast.errors import FormatError, StoreError
-from tapct_fast.io.atomic import read_json, write_json
+from tapct_fast.io.atomic import MAX_JSON_BYTES, parse_json, read_limited, write_atomic
 
 STORE_FORMAT = "tapct-store"
 STORE_VERSION = 3
@@ -94,27 +94,43 @@ def check_version(raw: Any) -> None:
 
 def write_sealed(path: Path, content: dict[str, Any]) -> None:
     """Write a JSON object with its SHA-256, atomically."""
-    write_json(path, content | {"sha256": _sha256(content)})
+    text = _canonical(content)
+    # The text that is hashed is the one written: who reads it need not make it again.
+    write_atomic(path, text[:-1] + _seal(hashlib.sha256(text).hexdigest()))
 
 
-def read_sealed(path: Path, kind: str, way_out: str) -> dict[str, Any]:
+def read_sealed(
+    path: Path, kind: str, way_out: str, *, limit: int = MAX_JSON_BYTES
+) -> dict[str, Any]:
     """Read a JSON object and hold it to its SHA-256; ``kind`` names it in errors.
 
     Raises:
-        StoreError: It is missing, damaged or of another version.
+        StoreError: It is missing, larger than ``limit`` bytes, damaged or of another version.
     """
     try:
-        raw = read_json(path, kind)
+        data = read_limited(path, kind, limit=limit)
+        raw = parse_json(data, path, kind)
     except FormatError as error:
         raise StoreError(f"{error}; {way_out}") from None
     check_version(raw)
-    if raw.get("sha256") != _sha256(raw):
+    stated = raw.get("sha256")
+    seal = _seal(str(stated))
+    if data.endswith(seal):
+        digest = hashlib.sha256(memoryview(data)[: -len(seal)])
+        digest.update(b"}")
+        found = digest.hexdigest()
+    else:  # laid out otherwise, as until 0.1
+        content = {key: value for key, value in raw.items() if key != "sha256"}
+        found = hashlib.sha256(_canonical(content)).hexdigest()
+    if stated != found:
         raise StoreError(f"{kind}: {path.name} is damaged; {way_out}")
     return typing.cast(dict[str, Any], raw)
 
 
-def _sha256(content: dict[str, Any]) -> str:
-    """Hash an object in one canonical form, without its own hash."""
-    content = {key: value for key, value in content.items() if key != "sha256"}
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
+def _canonical(content: dict[str, Any]) -> bytes:
+    """Return the one form of an object that is hashed."""
+    return json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def _seal(sha256: str) -> bytes:
+    return f',"sha256":"{sha256}"}}'.encode()

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from tapct_fast import __version__
-from tapct_fast.config import Config, to_json
+from tapct_fast.config import Config, flatten, to_json
 from tapct_fast.errors import CheckpointError, CheckpointWriteError, FormatError
 from tapct_fast.io.atomic import read_json, remove_folder, sha256_file, write_json
 from tapct_fast.ssl.method import DinoMethod
@@ -315,8 +315,8 @@ def _load(run: Run, folder: Path) -> None:
 def _check_same_run(
     run: Run, folder: Path, state: dict[str, Any], notify: Callable[[str], None]
 ) -> None:
-    old = _flat(read_json(folder / "config.json", "checkpoint config"))
-    new = _flat(json.loads(to_json(run.config)))
+    old = flatten(read_json(folder / "config.json", "checkpoint config"))
+    new = flatten(json.loads(to_json(run.config)))
     for name in [*new, *old]:
         if not name.startswith(_FREE) and old.get(name, "absent") != new.get(name, "absent"):
             raise CheckpointError(
@@ -338,13 +338,3 @@ def _check_same_run(
     changed = [f"{k} {before.get(k)} -> {v}" for k, v in now.items() if before.get(k) != v]
     if changed:
         notify(f"resuming, but not bit for bit: {', '.join(changed)}")
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat

@@ -1,27 +1,25 @@
-"""What a run tells: ``metrics.jsonl``, TensorBoard where installed, a progress line if wanted.
+"""What a run tells: ``metrics.jsonl``, the trackers, a progress line if wanted.
 
 A row of ``metrics.jsonl`` has the step it follows, losses, gradient norms before the clip, the
 schedules at that step, and two measured numbers over the steps since the row before: samples per
 second and the share of time spent waiting for data. All but those two repeat bit for bit.
 """
 
-import importlib.util
 import io
 import json
 import math
 import os
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tqdm import tqdm
 
 from tapct_fast.io.atomic import write_atomic
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
+from tapct_fast.train.trackers import Start, Trackers, choose_trackers
 
 METRICS = "metrics.jsonl"
 LINE_SECONDS = 10.0  # between progress lines where there is no terminal
@@ -32,15 +30,6 @@ def notify(line: str) -> None:
     tqdm.write(f"tapct-fast train: {line}", file=sys.stderr)
 
 
-def _board(directory: Path, step: int) -> "SummaryWriter | None":
-    if importlib.util.find_spec("tensorboard") is None:
-        return None
-    from torch.utils.tensorboard import SummaryWriter
-
-    # purge_step hides what the killed run wrote past its last checkpoint.
-    return SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1)
-
-
 class RunLog:
     """The open logs of one run; a context manager.
 
@@ -49,16 +38,33 @@ class RunLog:
         step: Steps done; rows past it, of a run that was killed, are dropped.
         num_steps: Steps of the whole run.
         progress: Show a progress line on stderr.
+        settings: Of the run, flat, for the trackers.
+        track: Names of trackers; by default TensorBoard where it is installed.
+
+    Raises:
+        InputError: There is no such tracker, or its library is not installed.
     """
 
-    def __init__(self, directory: Path, *, step: int, num_steps: int, progress: bool) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        step: int,
+        num_steps: int,
+        progress: bool,
+        settings: Mapping[str, Any] | None = None,
+        track: Sequence[str] | None = None,
+    ) -> None:
+        names = choose_trackers(track)
         self._path = directory / METRICS
         rows = self._path.read_bytes().splitlines() if self._path.exists() else []
-        kept = [row for row in rows if _step_of(row) <= step]
+        steps = [_step_of(row) for row in rows]
+        kept = [row for row, of in zip(rows, steps, strict=True) if of is not None and of <= step]
         write_atomic(self._path, b"".join(row + b"\n" for row in kept))
         self.last_loss: float = json.loads(kept[-1])["loss"] if kept else math.nan
         self._file = self._path.open("a", encoding="utf-8")
-        self._board = _board(directory, step)
+        logged = max([step, *(of for of in steps if of is not None)])
+        self._trackers = Trackers(names, Start(directory, step, logged, settings or {}), notify)
         self._is_terminal = sys.stderr.isatty()
         self._next_line = time.monotonic() + LINE_SECONDS
         self._progress = progress
@@ -86,8 +92,7 @@ class RunLog:
     ) -> None:
         self._bar.close()
         self._file.close()
-        if self._board is not None:
-            self._board.close()
+        self._trackers.close()
 
     def advance(self) -> None:
         """Count one step on the progress line; call it after ``write``."""
@@ -107,19 +112,16 @@ class RunLog:
             f"data wait {100 * row['data_wait']:.0f} %",
             refresh=False,
         )
-        if self._board is not None:
-            for name, value in row.items():
-                if name != "step":
-                    self._board.add_scalar(name, value, row["step"])
+        self._trackers.write(row)
 
     def sync(self) -> None:
         """Wait until every row is on the disk: no checkpoint may know more steps than the log."""
         os.fsync(self._file.fileno())
 
 
-def _step_of(row: bytes) -> float:
-    """Return the step of a row, infinity for one that was cut short by a kill."""
+def _step_of(row: bytes) -> int | None:
+    """Return the step of a row, None for one that was cut short by a kill."""
     try:
         return int(json.loads(row)["step"])
     except (ValueError, KeyError, TypeError):
-        return float("inf")
+        return None

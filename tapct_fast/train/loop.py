@@ -4,6 +4,7 @@ A run is a pure function of config, store and backend: every draw is keyed by (s
 so a run that was killed and started again gives the same losses and weights bit for bit.
 """
 
+import dataclasses
 import faulthandler
 import math
 import time
@@ -15,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from tapct_fast.config import Config, to_json
+from tapct_fast.config import Config, flatten, to_json
 from tapct_fast.data.pipeline import ViewBatch, ViewPipeline
 from tapct_fast.data.rng import Stream, generator
 from tapct_fast.errors import InputError, StoppedError
@@ -50,6 +51,7 @@ from tapct_fast.train.step import (
     gather_evidence,
     train_step,
 )
+from tapct_fast.train.trackers import choose_trackers
 from tapct_kernels.attention import choose_backend as choose_attention
 
 _SEEDS = 2**61  # networks add to what is drawn below this
@@ -75,6 +77,7 @@ def train(
     resume: Literal["auto", "never"] = "auto",
     device: torch.device | str | None = None,
     progress: bool = False,
+    track: Sequence[str] | None = None,
     observers: Sequence[Observer] = (),
     processes: Processes | None = None,
 ) -> TrainResult:
@@ -83,8 +86,9 @@ def train(
     Args:
         config: The run.
         store_dir: Folder written by ``pack``.
-        out_dir: Gets ``config.json``, ``metrics.jsonl``, ``checkpoints/`` and ``tensorboard/``;
-            and ``quarantine.jsonl``, if cases turn out damaged.
+        out_dir: Gets ``config.json``, ``metrics.jsonl``, ``checkpoints/`` and what the trackers
+            write; ``quarantine.jsonl`` if cases turn out damaged, ``incidents.jsonl`` if steps are
+            refused.
         start: Weights that student and teacher start from, see ``train.start``; a run that goes on
             must be given the same.
         distill: Run whose frozen teacher gives the targets, see ``train.guide``; a run that goes on
@@ -92,13 +96,15 @@ def train(
         resume: ``auto`` continues a run in ``out_dir``; ``never`` refuses a folder that holds one.
         device: By default CUDA where there is one, else the CPU.
         progress: Show a progress line on stderr.
+        track: Names of trackers, see ``trackers.KINDS``; by default TensorBoard where installed.
         observers: Told about rows and checkpoints, and closed in this order; by one process only.
         processes: This process among those that share the run; by default it is alone. All give
             the same arguments, and ``out_dir`` is one folder for all.
 
     Raises:
-        InputError: ``out_dir`` holds a run and ``resume`` is ``never``, there is no such device, or
-            the renderer that was asked for cannot run on it.
+        InputError: A tracker is unknown or not installed, ``out_dir`` holds a run and ``resume``
+            is ``never``, there is no such device, or the renderer that was asked for cannot run on
+            it.
         StoreReadError: A case could not be read, however often it was tried.
         StoreError: The store is missing or empty, or too many of its cases are damaged.
         CheckpointError: The run in ``out_dir`` has other settings or another store, or is damaged.
@@ -111,6 +117,7 @@ def train(
     """
     began = time.perf_counter()
     processes = processes or Processes()
+    trackers = choose_trackers(track)
     store = Store.open(store_dir)
     if resume == "never" and has_run(out_dir):
         raise InputError("--out holds a run; --resume auto continues it, or give another --out")
@@ -153,7 +160,7 @@ def train(
     with ExitStack() as watched, memory_errors(out_dir, config.train):
         for observer in reversed(observers if processes.is_first else ()):
             watched.callback(observer.close)
-        steps = _Steps(run, engine, store, pipeline, out_dir, observers)
+        steps = _Steps(run, engine, store, pipeline, out_dir, trackers, observers)
         while True:
             try:
                 steps.run_from(step, progress=progress)
@@ -343,10 +350,11 @@ class _Steps:
         store: Store,
         pipeline: ViewPipeline,
         out_dir: Path,
+        trackers: Sequence[str],
         observers: Sequence[Observer],
     ) -> None:
         self._run, self._engine, self._store, self._pipeline = run, engine, store, pipeline
-        self._out_dir, self._observers = out_dir, observers
+        self._out_dir, self._trackers, self._observers = out_dir, trackers, observers
         self._log: RunLog | None = None
         self._writer: CheckpointWriter | None = None
         self._waits: list[float] = []
@@ -367,7 +375,14 @@ class _Steps:
         with ExitStack() as open_parts:
             if self._engine.processes.is_first:
                 self._log = open_parts.enter_context(
-                    RunLog(self._out_dir, step=first, num_steps=train.num_steps, progress=progress)
+                    RunLog(
+                        self._out_dir,
+                        step=first,
+                        num_steps=train.num_steps,
+                        progress=progress,
+                        settings=flatten(dataclasses.asdict(self._run.config)),
+                        track=self._trackers,
+                    )
                 )
                 self.last_loss = self._log.last_loss
                 self._writer = open_parts.enter_context(

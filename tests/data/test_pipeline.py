@@ -19,7 +19,7 @@ from tapct_fast.config import (
     ViewsConfig,
     VitConfig,
 )
-from tapct_fast.data.crops import crop_at
+from tapct_fast.data.crops import CaseOrder, crop_at
 from tapct_fast.data.masks import masked_counts
 from tapct_fast.data.pipeline import ViewBatch, ViewPipeline
 from tapct_fast.data.reference import render
@@ -100,7 +100,7 @@ def test_a_batch_holds_the_views_of_the_samples_it_should(
     order = sorted(range(4), key=lambda i: store.cases[i].crc32s)
     cases = [store.cases[i] for i in order]
     for b, index in enumerate([3 * 4 + 2, 3 * 4 + 3]):
-        crop = crop_at(cases, CONFIG.crops, seed=11, index=index)
+        crop = crop_at(cases, CONFIG.crops, CaseOrder(len(cases), seed=11), index=index)
         hu = store.read_volume(order[crop.case]).hu_ZYX
         z, y, x = crop.lo_zyx
         depth, height, width = crop.shape_zyx

@@ -8,7 +8,7 @@ import torch
 
 from tapct_fast.config import CropConfig, HuConfig
 from tapct_fast.data.boxes import BoxBatch
-from tapct_fast.data.crops import crop_at
+from tapct_fast.data.crops import CaseOrder, crop_at
 from tapct_fast.errors import StoreError
 from tapct_fast.io.nifti import write_nifti
 from tapct_fast.io.pack import pack
@@ -82,9 +82,10 @@ def test_a_batch_equals_its_boxes_raw_and_normalised(store: Store, mmap: bool) -
 def test_snapped_crops_are_the_nearest_on_the_grid_and_no_other_thing_changes(store: Store) -> None:
     snapping = dataclasses.replace(CROPS, snap_to_blocks=True)
     corners = set()
+    order = CaseOrder(len(store.cases), seed=3)
     for index in range(200):
-        free = crop_at(store.cases, CROPS, seed=3, index=index)
-        snapped = crop_at(store.cases, snapping, seed=3, index=index)
+        free = crop_at(store.cases, CROPS, order, index=index)
+        snapped = crop_at(store.cases, snapping, order, index=index)
         assert (snapped.case, snapped.shape_zyx) == (free.case, (10, 70, 70))
         assert free.shape_zyx == (10, 70, 70)
         axes = zip(snapped.lo_zyx, free.lo_zyx, free.shape_zyx, SHAPE_ZYX, BLOCK_ZYX, strict=True)
@@ -104,7 +105,8 @@ def test_a_box_of_the_whole_axis_snaps_to_its_start(whole: int) -> None:
 def test_a_batch_reads_the_crops_where_crop_at_says(store: Store) -> None:
     wholes = [torch.from_numpy(store.read_volume(case).hu_ZYX) for case in range(2)]
     config = dataclasses.replace(CROPS, snap_to_blocks=True)
-    crops = [crop_at(store.cases, config, seed=0, index=i) for i in range(6)]
+    order = CaseOrder(len(store.cases), seed=0)
+    crops = [crop_at(store.cases, config, order, index=i) for i in range(6)]
     normalise = HuConfig()
     batch = BoxBatch(store, len(crops), crops[0].shape_zyx, normalise=normalise, threads=2)
     boxes_BZYX = batch.read([c.case for c in crops], [c.lo_zyx for c in crops])
@@ -113,6 +115,6 @@ def test_a_batch_reads_the_crops_where_crop_at_says(store: Store) -> None:
         values = wholes[crop.case][z, y, x].float().clamp(*normalise.clip)
         expected = ((values - normalise.mean) / normalise.std).bfloat16()
         assert torch.equal(box_ZYX, expected)
-    free = [crop_at(store.cases, CROPS, seed=0, index=i).lo_zyx for i in range(6)]
+    free = [crop_at(store.cases, CROPS, order, index=i).lo_zyx for i in range(6)]
     snapped_BZYX = batch.read([c.case for c in crops], free, snap=True)
     assert torch.equal(snapped_BZYX, boxes_BZYX)

@@ -204,6 +204,21 @@ def test_the_checksums_of_another_case_do_not_fit(packed: Path) -> None:
         mixed.read_box(0, (0, 0, 0), (1, 1, 1))
 
 
+def test_an_index_is_held_to_its_hash_however_it_is_laid_out(store_copy: Path) -> None:
+    path = store_copy / "index.json"
+    sealed = path.read_bytes()
+    stated = json.loads(sealed)["sha256"]
+    body = sealed[: -len(f',"sha256":"{stated}"}}')] + b"}"
+    assert hashlib.sha256(body).hexdigest() == stated  # what is hashed is what is written
+    store = Store.open(store_copy)
+    path.write_text(json.dumps(json.loads(sealed), indent=1))  # as 0.1 wrote it
+    assert Store.open(store_copy) == store
+    for text in (sealed.decode(), path.read_text()):
+        path.write_text(text.replace("lz4hc", "zstd"))
+        with pytest.raises(StoreError, match=r"index.json is damaged"):
+            Store.open(store_copy)
+
+
 def test_a_crafted_record_cannot_point_outside_its_store(store_copy: Path) -> None:
     index = json.loads((store_copy / "index.json").read_text())
     del index["sha256"]
