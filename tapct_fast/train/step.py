@@ -43,6 +43,7 @@ class Engine(NamedTuple):
     student_losses: Callable[..., tuple[Losses, Tensor]]
     dtype: torch.dtype  # what matrix products are rounded to; losses and weights stay float32
     processes: Processes
+    waits: bool  # whether the host may read the verdict before it updates: where that costs nothing
 
 
 class StepMetrics(NamedTuple):
@@ -132,7 +133,9 @@ def build_engine(
         if config.compile == "cuda-graphs":
             options["mode"] = "reduce-overhead"
         encode, losses = torch.compile(encode, **options), torch.compile(losses, **options)
-    return Engine(encode, losses, dtype, processes)
+    # The fused AdamW takes no flag beside shards.
+    waits = device.type == "cpu" or processes.is_sharded
+    return Engine(encode, losses, dtype, processes, waits)
 
 
 def train_step(
@@ -209,15 +212,16 @@ def _update(
     """Update student, teacher and centers; nothing changes where ``is_sound`` holds False."""
     method, optimizer = run.method, run.optimizer
     set_step_values(optimizer, values)
-    if engine.processes.is_sharded:  # its kernel takes no flag beside shards
+    if engine.waits:
         if not is_sound:
             return
-        optimizer.step()
     else:
-        # What a gradient scaler sets: the fused kernel then writes nothing.
+        # What a gradient scaler sets: where it holds 1 the fused kernel writes nothing.
         optimizer.found_inf = (~is_sound).float()  # type: ignore[attr-defined]
-        optimizer.step()
-    update_teacher(method.teacher, method.student, values.momentum, is_sound)
+    optimizer.step()
+    update_teacher(
+        method.teacher, method.student, values.momentum, None if engine.waits else is_sound
+    )
     for center, mean_P in zip(method.centers, targets.mean_logits, strict=False):
         center.move(mean_P, is_sound)
 

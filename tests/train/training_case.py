@@ -48,9 +48,17 @@ def kept_rows(config: Config, views: ViewBatch, seed: int) -> Kept:
     )
 
 
-def engine_of(run: Run, *, dtype: torch.dtype = torch.float32, compile: str = "off") -> Engine:
+def engine_of(
+    run: Run,
+    *,
+    dtype: torch.dtype = torch.float32,
+    compile: str = "off",
+    waits: bool = True,
+) -> Engine:
+    """``waits=False`` is the step as it runs on CUDA, where the host reads nothing."""
     settings = dataclasses.replace(run.config.train, compile=compile)
-    return build_engine(run.method, settings, dtype=dtype, processes=Processes())
+    engine = build_engine(run.method, settings, dtype=dtype, processes=Processes())
+    return engine._replace(waits=waits)
 
 
 def do_step(
@@ -59,5 +67,6 @@ def do_step(
     values: StepValues,
     *,
     dtype: torch.dtype = torch.float32,
+    waits: bool = True,
 ) -> StepMetrics:
-    return train_step(run, batches, values, engine_of(run, dtype=dtype)).read()
+    return train_step(run, batches, values, engine_of(run, dtype=dtype, waits=waits)).read()
