@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from stepped_runs import build_stepped
+from training_case import stepped_run
 
 from tapct_fast.cli import main
 from tapct_fast.config import Config
@@ -186,7 +186,7 @@ def test_a_step_that_is_not_of_the_run_is_refused(refused: Path, tiny_store: Pat
 def test_the_checkpoint_of_the_last_incident_outlives_the_retention(
     tiny_config: Config, tiny_store: Path, tmp_path: Path
 ) -> None:
-    run, store = build_stepped(tiny_config), Store.open(tiny_store)
+    run, store = stepped_run(tiny_config), Store.open(tiny_store)
     for step in range(1, 8):
         save(run, tmp_path, step)
         if step in (1, 3):
@@ -206,7 +206,7 @@ def test_the_checkpoint_of_the_last_incident_outlives_the_retention(
 def test_the_same_step_number_behind_a_roll_back_is_another_incident(
     tiny_config: Config, tiny_store: Path, tmp_path: Path
 ) -> None:
-    run, store = build_stepped(tiny_config), Store.open(tiny_store)
+    run, store = stepped_run(tiny_config), Store.open(tiny_store)
     for passed_over in (0, 9, 10):
         run.guard.passed_over.fill_(passed_over)
         capture(

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from stepped_runs import run_in_server, train_until_killed
+from training_case import run_in_server, train_until_killed
 
 from tapct_fast.config import Config, from_json
 from tapct_fast.data.pipeline import ViewBatch, ViewPipeline
@@ -114,7 +114,7 @@ def test_twenty_kills_at_random_times_leave_a_run_that_repeats_the_uninterrupted
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as this process: threads change the bits of sums
     # A server imports torch once and forks each victim from a process without threads.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["stepped_runs", "torch.utils.tensorboard", "torch._dynamo"])
+    context.set_forkserver_preload(["training_case", "torch.utils.tensorboard", "torch._dynamo"])
     whole = tmp_path / "whole"
     for name in ("warm", "whole"):  # the first victim also waits for the server
         start = time.monotonic()
