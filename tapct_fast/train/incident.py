@@ -1,7 +1,8 @@
 """What is kept of a step that was refused: all that its replay needs, and not one voxel.
 
-``DIR/incidents.jsonl`` has one short row per incident; ``DIR/incidents/step-00000105.json`` has the
-rest: samples and cases (keyed ids), seeds, numbers, environment and the checkpoint to start from.
+``DIR/incidents.jsonl`` has one short row per incident and per roll-back that followed;
+``DIR/incidents/step-00000105.json`` has the rest of an incident: samples and cases (keyed ids),
+seeds, numbers, environment and the checkpoint to start from.
 A resumed run meets the same incidents again; they are written once.
 """
 
@@ -9,7 +10,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from tapct_fast.data.samples import Samples
 from tapct_fast.errors import CheckpointWriteError
@@ -19,14 +20,12 @@ from tapct_fast.train.checkpoint import Run, environment, folders, step_of
 from tapct_fast.train.guard import RefusedError
 
 INCIDENTS = "incidents.jsonl"
-Kind = Literal["skip", "roll back", "stop"]
 _ROW = ("kind", "step", "passed_over", "cause", "checkpoint")
 
 
 class Incident(NamedTuple):
-    """One step that did not update, or what followed from it."""
+    """One step that did not update."""
 
-    kind: Kind
     step: int  # counted from 1, as in metrics.jsonl
     passed_over: int  # steps' worth of data left out before it; its data is that of the sum
     cause: str
@@ -45,7 +44,6 @@ def capture(
     run: Run,
     store: Store,
     *,
-    kind: Kind,
     step: int,
     refused: RefusedError,
     drop_path_seeds: list[int],
@@ -56,7 +54,6 @@ def capture(
         directory: The run's folder.
         run: Its guard says how much data was passed over before the step.
         store: What the run reads.
-        kind: What became of the step.
         step: Counted from 1.
         refused: Cause and numbers.
         drop_path_seeds: Of its micro-batches.
@@ -70,7 +67,6 @@ def capture(
     samples = Samples(store, config)
     before = [folder.name for folder in folders(directory) if step_of(folder) < step]
     incident = Incident(
-        kind=kind,
         step=step,
         passed_over=passed_over,
         cause=str(refused),
@@ -97,15 +93,52 @@ def record(directory: Path, incident: Incident) -> None:
     Raises:
         OSError: The disk is full or cannot be written.
     """
-    content = _spell(incident._asdict())
+    content = {"kind": "skip", **_spell(incident._asdict())}
     folder = directory / "incidents"
     folder.mkdir(exist_ok=True)
     write_json(incident_file(directory, incident.step, incident.passed_over), content)
-    row = json.dumps({key: content[key] for key in _ROW})
-    rows = _rows(directory)
-    if row not in rows:
-        text = "".join(line + "\n" for line in [*rows, row])
-        write_atomic(directory / INCIDENTS, text.encode())
+    _append(directory, content)
+
+
+def record_rollback(directory: Path, run: Run, *, step: int, target: int) -> None:
+    """Append a roll-back that was done to the run's list: replay needs it for the steps behind it.
+
+    Args:
+        directory: The run's folder.
+        run: As it goes on.
+        step: The last one that was skipped.
+        target: Steps done at the checkpoint that the run went back to.
+
+    Raises:
+        CheckpointWriteError: The disk is full or cannot be written.
+    """
+    content = {
+        "kind": "roll back",
+        "step": step,
+        "passed_over": int(run.guard.passed_over),
+        "cause": "too many steps in a row were skipped",
+        "checkpoint": f"step-{target:08d}",
+    }
+    try:
+        _append(directory, content)
+    except OSError as error:
+        raise CheckpointWriteError(
+            f"the roll-back from step {step} cannot be recorded: {error.strerror}; mend that and "
+            "give the same command again"
+        ) from None
+
+
+class Rollback(NamedTuple):
+    """From the step with index ``target`` on, data is that of ``passed_over`` steps later."""
+
+    target: int
+    passed_over: int
+
+
+def read_rollbacks(directory: Path) -> list[Rollback]:
+    """Return the roll-backs of a run in order."""
+    rows = [row for row in map(json.loads, _rows(directory)) if row["kind"] == "roll back"]
+    return [Rollback(step_of(Path(row["checkpoint"])), row["passed_over"]) for row in rows]
 
 
 def read_incident(directory: Path, step: int) -> dict[str, Any] | None:
@@ -133,6 +166,14 @@ def incident_file(directory: Path, step: int, passed_over: int) -> Path:
     """Return the file of an incident; behind a roll-back a step number can come a second time."""
     again = f"-passed-{passed_over}" if passed_over else ""
     return directory / "incidents" / f"step-{step:08d}{again}.json"
+
+
+def _append(directory: Path, content: Mapping[str, Any]) -> None:
+    row = json.dumps({key: content[key] for key in _ROW})
+    rows = _rows(directory)
+    if row not in rows:
+        text = "".join(line + "\n" for line in [*rows, row])
+        write_atomic(directory / INCIDENTS, text.encode())
 
 
 def _rows(directory: Path) -> list[str]:

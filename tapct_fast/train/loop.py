@@ -33,7 +33,7 @@ from tapct_fast.train.checkpoint import STATE, Run, has_run, load_latest, tensor
 from tapct_fast.train.checkpoint_writer import CheckpointWriter
 from tapct_fast.train.guard import RefusedError, Verdict, explain, start_guard
 from tapct_fast.train.guide import Guide, load_guide
-from tapct_fast.train.incident import capture
+from tapct_fast.train.incident import capture, record_rollback
 from tapct_fast.train.log import RunLog, notify
 from tapct_fast.train.memory import memory_errors
 from tapct_fast.train.observer import Observer
@@ -60,7 +60,7 @@ class TrainResult(NamedTuple):
 
     checkpoint: Path  # the last one
     num_steps: int
-    final_loss: float  # total of the last step
+    final_loss: float  # total of the last step that was not refused
     uniform_loss: float  # DINO and iBOT terms of a student whose logits are all equal
     seconds: float  # of this call
 
@@ -150,13 +150,14 @@ def train(
         except OSError as error:
             raise InputError(f"--out cannot be written: {error.strerror}") from None
     engine = build_engine(run.method, config.train, dtype=dtype, processes=processes)
-    with ExitStack() as watched, memory_errors(out_dir, config.train):
+    # One for all courses: a signal that comes before a roll-back stops the run behind it.
+    with ExitStack() as watched, memory_errors(out_dir, config.train), StopSignals() as stop:
         for observer in reversed(observers if processes.is_first else ()):
             watched.callback(observer.close)
         steps = _Steps(run, engine, store, pipeline, out_dir, observers)
         while True:
             try:
-                steps.run_from(step, progress=progress)
+                steps.run_from(step, stop, progress=progress)
                 break
             except _BudgetSpentError as spent:
                 step = _go_back(run, out_dir, spent, processes)
@@ -292,6 +293,29 @@ def micro_batch(config: Config, position: int, groups: range, views: ViewBatch) 
     return MicroBatch(views, Kept(*kept))
 
 
+def take_step(
+    run: Run,
+    batches: Sequence[MicroBatch],
+    step: int,
+    engine: Engine,
+    *,
+    is_asked: bool = False,
+) -> tuple[StepValues, StepResult]:
+    """Do a step of the run's schedules, counted from 0; see ``train_step``."""
+    config, anchor = run.config, run.method.anchor
+    values = step_values(
+        config.schedule,
+        step,
+        num_steps=config.train.num_steps,
+        batch_size=config.train.batch_size,
+    )
+    if anchor is not None:
+        anchor.refresh(run.method.teacher.backbone, step)
+    is_anchored = anchor is not None and anchor_step(anchor.config, step) is not None
+    result = train_step(run, batches, values, engine, is_anchored=is_anchored, is_asked=is_asked)
+    return values, result
+
+
 def drop_seed(config: Config, position: int, group: int, kind: int) -> int:
     """Return the seed of drop path for the global (0) or the local (1) views of a group."""
     rng = generator(config.train.seed, Stream.DROP_PATH, position, group, kind)
@@ -320,7 +344,10 @@ def _go_back(run: Run, out_dir: Path, spent: _BudgetSpentError, processes: Proce
         tell = notify if rank == 0 else _silent
         return roll_back(run, out_dir, spent.step, spent.verdict, notify=tell, rank=rank)
 
-    step = go(0) if processes.is_first else 0
+    step = 0
+    if processes.is_first:
+        step = go(0)
+        record_rollback(out_dir, run, step=spent.step, target=step)
     processes.barrier()
     return step if processes.is_first else go(processes.rank)
 
@@ -353,7 +380,7 @@ class _Steps:
         self._mark = (0.0, 0)  # of the last row: its time and step
         self.last_loss = math.nan
 
-    def run_from(self, first: int, *, progress: bool) -> None:
+    def run_from(self, first: int, stop: StopSignals, *, progress: bool) -> None:
         """Do the steps behind ``first``.
 
         Raises:
@@ -375,7 +402,6 @@ class _Steps:
                         self._out_dir, keep=train.keep_checkpoints, saved=self._tell_saved
                     )
                 )
-            stop = open_parts.enter_context(StopSignals())
             stream = open_parts.enter_context(closing(self._pipeline.stream(*positions)))
             self._do_all(first, shift, stream, stop)
 
@@ -417,27 +443,11 @@ class _Steps:
         for micro, (views, seconds) in enumerate(islice(stream, config.train.accumulate)):
             self._waits.append(seconds)
             batches.append(micro_batch(config, position, self._pipeline.groups(micro), views))
-        values = step_values(
-            config.schedule,
-            step,
-            num_steps=config.train.num_steps,
-            batch_size=config.train.batch_size,
-        )
         if processes.group is not None:  # where each of them hangs, should one do so
             faulthandler.dump_traceback_later(STEP_TIMEOUT.total_seconds(), exit=False)
-        anchor = self._run.method.anchor
-        if anchor is not None:
-            anchor.refresh(self._run.method.teacher.backbone, step)
-        result = train_step(
-            self._run,
-            batches,
-            values,
-            self._engine,
-            is_anchored=anchor is not None and anchor_step(anchor.config, step) is not None,
-            is_asked=is_asked,
-        )
+        taken = take_step(self._run, batches, step, self._engine, is_asked=is_asked)
         processes.steps_began()
-        return values, result
+        return taken
 
     def _is_logged(self, done: int) -> bool:
         train = self._run.config.train
@@ -447,8 +457,9 @@ class _Steps:
         """Read a step and say whether a process was asked to stop during it."""
         metrics = result.read()
         faulthandler.cancel_dump_traceback_later()
-        self.last_loss = metrics.losses["total"]
-        if not metrics.is_sound:
+        if metrics.is_sound:
+            self.last_loss = metrics.losses["total"]
+        else:
             self._refuse(done, metrics)
         processes = self._engine.processes
         # A step that was refused has no row: it is in incidents.jsonl.
@@ -481,7 +492,6 @@ class _Steps:
                 self._out_dir,
                 run,
                 self._store,
-                kind="skip",
                 step=done,
                 refused=RefusedError(cause, metrics.losses, metrics.grad_norms),
                 drop_path_seeds=[

@@ -56,10 +56,16 @@ def _explain(message: str, config: TrainConfig) -> str:
 
 
 def _way_out(config: TrainConfig) -> str:
+    """Return what costs least next: time for activations, smaller micro-batches, more time."""
     micro = config.batch_size // config.accumulate
-    if micro % 2 == 0:
-        return (
-            f"Micro-batches have {micro} samples: start a run with train.accumulate="
-            f"{2 * config.accumulate}, or a smaller train.batch_size"
-        )
-    return f"Micro-batches have {micro} samples: start a run with smaller views or a smaller model"
+    num_groups = config.batch_size // config.group_size
+    more = [a for a in range(config.accumulate + 1, num_groups + 1) if num_groups % a == 0]
+    if config.checkpointing == "none":
+        setting = "train.checkpointing=selective"
+    elif more:
+        setting = f"train.accumulate={more[0]}, or a smaller train.batch_size"
+    elif config.checkpointing == "selective":
+        setting = "train.checkpointing=full"
+    else:
+        setting = "smaller views or a smaller model"
+    return f"Micro-batches have {micro} samples: start a run with {setting}"

@@ -7,22 +7,23 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from tapct_fast.config import Config, from_json
 from tapct_fast.data.pipeline import ViewPipeline
 from tapct_fast.errors import ConfigError, InputError
 from tapct_fast.io.store import Store
-from tapct_fast.ssl.schedules import step_values
+from tapct_fast.ssl.method import Losses
 from tapct_fast.train.checkpoint import Run, folders, load, newest_intact, step_of
 from tapct_fast.train.guard import explain
-from tapct_fast.train.incident import read_incident
+from tapct_fast.train.guide import load_guide
+from tapct_fast.train.incident import Rollback, incident_file, read_incident, read_rollbacks
 from tapct_fast.train.log import METRICS
-from tapct_fast.train.loop import build_run, choose_backend, micro_batch
+from tapct_fast.train.loop import build_run, choose_backend, micro_batch, take_step
 from tapct_fast.train.processes import Processes
-from tapct_fast.train.step import build_engine, train_step
-
-_LOSSES = ("total", "dino_global", "dino_local", "ibot", "koleo")
+from tapct_fast.train.start import read_start
+from tapct_fast.train.step import build_engine
 
 
 class Numbers(NamedTuple):
@@ -30,6 +31,28 @@ class Numbers(NamedTuple):
 
     losses: Mapping[str, float]
     grad_norms: Mapping[str, float]
+
+
+class _Course(NamedTuple):
+    """The steps of a run between two roll-backs, and those before that they go on from."""
+
+    rollbacks: list[Rollback]  # of the run
+    latest: int | None  # what the course passed over at its end; None: the last course
+
+    def passed_over(self, at: int) -> int:
+        """Return how many steps' worth of data the step with index ``at`` had passed over."""
+        passed = [
+            r.passed_over
+            for r in self.rollbacks
+            if r.target <= at and (self.latest is None or r.passed_over <= self.latest)
+        ]
+        return max(passed, default=0)
+
+    def has(self, checkpoint: Path) -> bool:
+        """Say whether a checkpoint is of this course: a later one may have written it anew."""
+        with safe_open(checkpoint / "optimizer.safetensors", "pt") as file:
+            passed_over = int(file.get_tensor("guard.passed_over"))
+        return passed_over == self.passed_over(step_of(checkpoint) - 1)
 
 
 class Replay(NamedTuple):
@@ -49,6 +72,8 @@ def replay(
     store_dir: Path,
     step: int,
     *,
+    start: str | Path | None = None,
+    distill: Path | None = None,
     device: str | None = None,
     notify: Callable[[str], None],
 ) -> Replay:
@@ -58,12 +83,15 @@ def replay(
         run_dir: Folder of the run.
         store_dir: The store it was trained on.
         step: Counted from 1, as in ``metrics.jsonl`` and ``incidents.jsonl``.
+        start: What the run was given.
+        distill: What the run was given.
         device: As in ``train``.
         notify: Told in one line about damaged checkpoints and about what may change bits.
 
     Raises:
         InputError: There is no such run, step or device.
-        CheckpointError: No checkpoint passes its check, or the store is another one.
+        CheckpointError: No checkpoint passes its check, or the store or what the run was given is
+            another one.
     """
     config = _config_of(run_dir)
     if not 1 <= step <= config.train.num_steps:
@@ -71,28 +99,30 @@ def replay(
     store = Store.open(store_dir)
     target, dtype = choose_backend(config, device)
     pipeline = ViewPipeline(store, config, device=target)
-    run = build_run(config, store.fingerprint, target, dtype, pipeline.renderer)
+    run = build_run(
+        config,
+        store.fingerprint,
+        target,
+        dtype,
+        pipeline.renderer,
+        start=None if start is None else read_start(start, config, notify=notify),
+        guide=None if distill is None else load_guide(distill, config),
+    )
     eager = dataclasses.replace(config.train, compile="off")  # hooks see modules, not graphs
     engine = build_engine(run.method, eager, dtype=dtype, processes=Processes())
     incident = read_incident(run_dir, step)
-    start = _load_before(run, run_dir, step, incident, notify)
-    passed_over = int(incident["passed_over"] if incident else run.guard.passed_over)
+    course = _Course(read_rollbacks(run_dir), incident["passed_over"] if incident else None)
+    done = _load_before(run, run_dir, step, incident, course, notify)
 
     def do(at: int) -> tuple[Numbers, str]:
-        values = step_values(
-            config.schedule,
-            at,
-            num_steps=config.train.num_steps,
-            batch_size=config.train.batch_size,
-        )
-        position = at + passed_over
+        position = at + course.passed_over(at)
         batches = [
             micro_batch(
                 config, position, pipeline.groups(micro), pipeline.batch_at(position, micro)
             )
             for micro in range(config.train.accumulate)
         ]
-        metrics = train_step(run, batches, values, engine).read()
+        metrics = take_step(run, batches, at, engine)[1].read()
         numbers = Numbers(metrics.losses, metrics.grad_norms)
         if metrics.is_sound:
             return numbers, ""
@@ -101,13 +131,16 @@ def replay(
             *numbers, voxels=metrics.voxels, networks=networks, optimizer=run.optimizer
         )
 
-    for at in range(start, step - 1):
-        do(at)
+    for at in range(done, step - 1):
+        if not incident_file(run_dir, at + 1, course.passed_over(at)).exists():
+            do(at)
+        elif run.method.anchor is not None:  # all that a refused step does
+            run.method.anchor.refresh(run.method.teacher.backbone, at)
     with first_not_finite(run.method) as (modules, gradients):
         now, cause = do(step - 1)
     return Replay(
         step,
-        start,
+        done,
         _recorded(run_dir, step, incident),
         now,
         cause,
@@ -212,6 +245,7 @@ def _load_before(
     run_dir: Path,
     step: int,
     incident: Mapping[str, Any] | None,
+    course: _Course,
     notify: Callable[[str], None],
 ) -> int:
     wanted = incident["checkpoint"] if incident else ""
@@ -220,6 +254,8 @@ def _load_before(
     else:
         at_most = step - 1
     folder, _ = newest_intact(run_dir, notify=notify, at_most=at_most)
+    while folder is not None and not course.has(folder):
+        folder, _ = newest_intact(run_dir, notify=notify, at_most=step_of(folder) - 1)
     if folder is None:
         if folders(run_dir) and step > 1:
             notify("no checkpoint before this step is left, so it is replayed from the start")
@@ -237,7 +273,7 @@ def _recorded(run_dir: Path, step: int, incident: Mapping[str, Any] | None) -> N
     for line in lines:
         row = json.loads(line)
         if row["step"] == step:
-            losses = {name: row["loss" if name == "total" else name] for name in _LOSSES}
+            losses = {n: row.get("loss" if n == "total" else n, 0.0) for n in Losses._fields}
             norms = {
                 name.removeprefix("grad_norm_"): value
                 for name, value in row.items()

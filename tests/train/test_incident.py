@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from tapct_fast.cli import main
 from tapct_fast.config import Config
 from tapct_fast.data.pipeline import ViewBatch, ViewPipeline
 from tapct_fast.data.samples import Sample, Samples
-from tapct_fast.errors import InputError, TrainError
+from tapct_fast.errors import InputError, StoreError
 from tapct_fast.io.store import Store
 from tapct_fast.ssl.method import DinoMethod
 from tapct_fast.train.checkpoint import folders, step_of
@@ -30,7 +30,7 @@ from tapct_fast.train.incident import (
     read_incident,
     replayed_from,
 )
-from tapct_fast.train.loop import train
+from tapct_fast.train.loop import drop_seed, train
 from tapct_fast.train.replay import replay
 
 Loaded = Sequence[tuple[Sample, NDArray[np.int16]]]
@@ -38,17 +38,28 @@ Made = tuple[ViewBatch, torch.cuda.Event | None]
 BAD_STEP = 5  # counted from 1
 
 
-def poison(patch: pytest.MonkeyPatch) -> None:
-    """Let one voxel of one view of the bad step be NaN, whenever it is made."""
+def poison(patch: pytest.MonkeyPatch, positions: Collection[int]) -> None:
+    """Let one voxel of one view be NaN in the data of some steps, whenever it is made."""
     make = ViewPipeline._batch
 
     def poisoned(self: ViewPipeline, step: int, micro: int, loaded: Loaded) -> Made:
         batch, event = make(self, step, micro, loaded)
-        if (step, micro) == (BAD_STEP - 1, 1):
+        if step + 1 in positions and micro == 1:
             batch.global_VBZYX[0, 0, 0, 0, 0] = torch.nan
         return batch, event
 
     patch.setattr(ViewPipeline, "_batch", poisoned)
+
+
+def fail_at(patch: pytest.MonkeyPatch, position: int) -> None:
+    make = ViewPipeline._batch
+
+    def failing(self: ViewPipeline, step: int, micro: int, loaded: Loaded) -> Made:
+        if step + 1 == position:
+            raise StoreError("the disk went away")
+        return make(self, step, micro, loaded)
+
+    patch.setattr(ViewPipeline, "_batch", failing)
 
 
 @pytest.fixture(scope="module")
@@ -57,11 +68,14 @@ def refused(
 ) -> Path:
     """A run that met the bad step twice: the second time it was resumed."""
     out = tmp_path_factory.mktemp("refused")
-    for _ in range(2):
-        with pytest.MonkeyPatch.context() as patch:
-            poison(patch)
-            with pytest.raises(TrainError, match="step 5: not finite"):
+    with pytest.MonkeyPatch.context() as patch:
+        poison(patch, {BAD_STEP})
+        with pytest.MonkeyPatch.context() as inner:
+            fail_at(inner, BAD_STEP + 1)
+            with pytest.raises(StoreError, match="the disk went away"):
                 train(tiny_config, tiny_store, out)
+        assert (out / "incidents" / "step-00000005.json").exists()
+        train(tiny_config, tiny_store, out)
     return out
 
 
@@ -69,7 +83,7 @@ def test_a_refused_step_is_written_once_with_all_that_its_replay_needs_and_no_vo
     refused: Path, tiny_config: Config, tiny_store: Path
 ) -> None:
     (row,) = map(json.loads, (refused / INCIDENTS).read_text().splitlines())
-    assert row["kind"] == "stop"
+    assert row["kind"] == "skip"
     assert row["step"] == BAD_STEP
     assert row["checkpoint"] == "step-00000003"
     assert "the views hold NaN" in row["cause"]
@@ -80,7 +94,9 @@ def test_a_refused_step_is_written_once_with_all_that_its_replay_needs_and_no_vo
     samples = Samples(Store.open(tiny_store), tiny_config)
     assert content["cases"] == [samples.draw(i).record.case for i in content["samples"]]
     assert content["seed"] == tiny_config.train.seed
-    assert len(content["drop_path_seeds"]) == tiny_config.train.accumulate
+    assert content["drop_path_seeds"] == [
+        drop_seed(tiny_config, BAD_STEP - 1, group, kind) for group in (0, 1) for kind in (0, 1)
+    ]
     assert content["losses"]["total"] == "nan"  # JSON has no NaN
     assert set(content["grad_norms"]) == {"backbone", "dino_head", "ibot_head"}
     assert content["environment"]["torch"] == torch.__version__
@@ -96,7 +112,8 @@ def test_a_step_from_the_metrics_is_replayed_bit_for_bit(
     refused: Path, tiny_store: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = {p: p.stat().st_mtime_ns for p in refused.rglob("*")}
-    for step in (2, 4):  # from the start, and from the checkpoint of step 3
+    # From the start, from the checkpoint of step 3, and from there past the refused step.
+    for step in (2, 4, 6):
         words = ["replay", str(refused), str(tiny_store), "--step", str(step), "--device", "cpu"]
         assert main(words) == 0
         printed = capsys.readouterr().out
@@ -123,7 +140,7 @@ def test_replay_with_the_fault_names_the_first_module_and_what_came_in(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    poison(monkeypatch)
+    poison(monkeypatch, {BAD_STEP})
     words = ["replay", str(refused), str(tiny_store), "--step", "5", "--device", "cpu"]
     assert main(words) == 0
     printed = capsys.readouterr().out
@@ -194,7 +211,6 @@ def test_the_checkpoint_of_the_last_incident_outlives_the_retention(
                 tmp_path,
                 run,
                 store,
-                kind="skip",
                 step=step + 1,
                 refused=RefusedError("not finite: loss total", {"total": math.inf}, {}),
                 drop_path_seeds=[1, 2],
@@ -213,7 +229,6 @@ def test_the_same_step_number_behind_a_roll_back_is_another_incident(
             tmp_path,
             run,
             store,
-            kind="skip",
             step=2,
             refused=RefusedError(f"after {passed_over}", {"total": math.nan}, {}),
             drop_path_seeds=[1, 2],
