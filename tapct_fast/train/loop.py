@@ -151,7 +151,11 @@ def train(
             raise InputError(f"--out cannot be written: {error.strerror}") from None
     engine = build_engine(run.method, config.train, dtype=dtype, processes=processes)
     # One for all courses: a signal that comes before a roll-back stops the run behind it.
-    with ExitStack() as watched, memory_errors(out_dir, config.train), StopSignals() as stop:
+    with (
+        ExitStack() as watched,
+        memory_errors(out_dir, config.train, world_size=processes.world_size),
+        StopSignals() as stop,
+    ):
         for observer in reversed(observers if processes.is_first else ()):
             watched.callback(observer.close)
         steps = _Steps(run, engine, store, pipeline, out_dir, observers)

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from training_case import stepped_run
 
 from tapct_fast.cli import main
-from tapct_fast.config import Config
+from tapct_fast.config import Config, GramConfig, GuardConfig
 from tapct_fast.data.pipeline import ViewBatch, ViewPipeline
 from tapct_fast.data.samples import Sample, Samples
-from tapct_fast.errors import InputError, StoreError
+from tapct_fast.errors import CheckpointError, InputError, StoreError
 from tapct_fast.io.store import Store
 from tapct_fast.ssl.method import DinoMethod
 from tapct_fast.train.checkpoint import folders, step_of
@@ -190,6 +190,110 @@ def test_replay_names_the_module_or_the_parameter_that_breaks(
         assert found.first_gradient.startswith(name)
     else:
         assert found.first_module == name
+
+
+@pytest.fixture(scope="module")
+def rolled_back(
+    tiny_config: Config, tiny_store: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A run with two spikes in a row behind a checkpoint, and one saved between them."""
+    out = tmp_path_factory.mktemp("rolled")
+    settings = dataclasses.replace(
+        tiny_config.train, num_steps=12, checkpoint_every=2, keep_checkpoints=9
+    )
+    guard = GuardConfig(warmup_steps=2, skip_budget=2)
+    with pytest.MonkeyPatch.context() as patch:
+        inflate(patch, {6, 7, 13})
+        train(dataclasses.replace(tiny_config, train=settings, guard=guard), tiny_store, out)
+    return out
+
+
+def inflate(patch: pytest.MonkeyPatch, positions: Collection[int]) -> None:
+    """Let masked tokens count a million times in the data of some steps: a spike, yet finite."""
+    make = ViewPipeline._batch
+
+    def inflated(self: ViewPipeline, step: int, micro: int, loaded: Loaded) -> Made:
+        batch, event = make(self, step, micro, loaded)
+        if step + 1 in positions:
+            batch.masked_weight_M.mul_(1e6)
+        return batch, event
+
+    patch.setattr(ViewPipeline, "_batch", inflated)
+
+
+def test_the_list_of_a_run_tells_its_skips_and_its_roll_backs(rolled_back: Path) -> None:
+    found = [json.loads(row) for row in (rolled_back / INCIDENTS).read_text().splitlines()]
+    told = [(r["kind"], r["step"], r["passed_over"], r["checkpoint"]) for r in found]
+    assert told == [
+        ("skip", 6, 0, "step-00000004"),
+        ("skip", 7, 0, "step-00000006"),
+        ("roll back", 7, 3, "step-00000004"),
+        ("skip", 10, 3, "step-00000008"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("step", "start", "is_refused"),
+    [
+        (4, 2, False),
+        (5, 4, False),  # its checkpoint was written before the roll-back
+        (6, 4, True),
+        (7, 4, True),  # the checkpoint of step 6 is now of another course
+        (8, 6, False),
+        (10, 8, True),
+        (11, 10, False),
+        (12, 10, False),
+    ],
+)
+def test_steps_before_and_behind_a_roll_back_are_replayed_bit_for_bit(
+    rolled_back: Path,
+    tiny_store: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    step: int,
+    start: int,
+    is_refused: bool,
+) -> None:
+    inflate(monkeypatch, {6, 7, 13})
+    words = ["replay", str(rolled_back), str(tiny_store), "--step", str(step), "--device", "cpu"]
+    assert main(words) == 0
+    printed = capsys.readouterr().out
+    assert f"step {step}, replayed from the checkpoint of step {start}" in printed
+    assert "recorded and replayed numbers are equal, bit for bit" in printed
+    assert ("a spike" in printed) == is_refused
+
+
+def test_without_checkpoints_the_whole_course_of_a_step_is_replayed(
+    rolled_back: Path, tiny_store: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    shutil.copytree(rolled_back, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    inflate(monkeypatch, {6, 7, 13})
+    for step in (7, 12):
+        found = replay(tmp_path / "run", tiny_store, step, device="cpu", notify=pytest.fail)
+        assert found.start == 0
+        assert found.now == found.recorded
+
+
+def test_a_run_with_a_start_a_guide_and_an_anchor_is_replayed_bit_for_bit(
+    rolled_back: Path,
+    tiny_config: Config,
+    tiny_store: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out, other = tmp_path / "run", str(rolled_back)
+    settings = dataclasses.replace(tiny_config.train, num_steps=4, checkpoint_every=2)
+    gram = GramConfig(start_step=1, refresh_every=2)
+    config = dataclasses.replace(tiny_config, train=settings, gram=gram)
+    train(config, tiny_store, out, start=other, distill=rolled_back, device="cpu")
+    words = ["replay", str(out), str(tiny_store), "--device", "cpu", "--step"]
+    for step in ("2", "4"):
+        given = ["--start", other, "--distill", other]
+        assert main([*words, step, *given]) == 0
+        assert "recorded and replayed numbers are equal, bit for bit" in capsys.readouterr().out
+    with pytest.raises(CheckpointError, match="give the same --start"):
+        replay(out, tiny_store, 4, device="cpu", notify=pytest.fail)
 
 
 def test_a_step_that_is_not_of_the_run_is_refused(refused: Path, tiny_store: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tapct_fast.config import TrainConfig
+from tapct_fast.data.pipeline import groups_per_micro_batch
 from tapct_fast.errors import StoppedError, TrainError
 from tapct_fast.train.checkpoint import newest_intact
 from tapct_fast.train.memory import memory_errors
@@ -89,30 +90,35 @@ def test_without_a_checkpoint_another_try_is_not_promised(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("checkpointing", "accumulate", "way_out"),
+    ("checkpointing", "accumulate", "world_size", "way_out"),
     [
-        ("none", 1, "have 12 samples: start a run with train.checkpointing=selective"),
-        ("selective", 1, "have 12 samples: start a run with train.accumulate=2, or a smaller"),
-        ("full", 2, "have 6 samples: start a run with train.accumulate=3, or a smaller"),
-        ("full", 3, "have 4 samples: start a run with train.accumulate=6, or a smaller"),
-        ("selective", 6, "have 2 samples: start a run with train.checkpointing=full"),
-        ("full", 6, "have 2 samples: start a run with smaller views or a smaller model"),
+        ("none", 1, 1, "have 12 samples: start a run with train.checkpointing=selective"),
+        ("selective", 1, 1, "have 12 samples: start a run with train.accumulate=2, or a smaller"),
+        ("full", 2, 1, "have 6 samples: start a run with train.accumulate=3, or a smaller"),
+        ("full", 3, 1, "have 4 samples: start a run with train.accumulate=6, or a smaller"),
+        ("selective", 6, 1, "have 2 samples: start a run with train.checkpointing=full"),
+        ("full", 1, 2, "have 6 samples: start a run with train.accumulate=3, or a smaller"),
+        ("full", 6, 1, "have 2 samples: start a run with smaller views or a smaller model"),
     ],
 )
 def test_the_way_out_is_what_costs_least_next_and_a_setting_that_is_allowed(
     tmp_path: Path,
     checkpointing: Literal["none", "selective", "full"],
     accumulate: int,
+    world_size: int,
     way_out: str,
 ) -> None:
     config = TrainConfig(
         batch_size=12, group_size=2, accumulate=accumulate, checkpointing=checkpointing
     )
-    with pytest.raises(TrainError, match=way_out) as caught, memory_errors(tmp_path, config):
+    with (
+        pytest.raises(TrainError, match=way_out) as caught,
+        memory_errors(tmp_path, config, world_size=world_size),
+    ):
         raise MemoryError
     for name, value in re.findall(r"train\.(\w+)=(\w+)", str(caught.value)):
         setting = int(value) if name == "accumulate" else value
-        dataclasses.replace(config, **{name: setting})
+        groups_per_micro_batch(dataclasses.replace(config, **{name: setting}), world_size)
 
 
 def test_with_a_checkpoint_the_command_is_worth_another_try(tmp_path: Path) -> None:
