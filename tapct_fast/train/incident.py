@@ -8,7 +8,7 @@ A resumed run meets the same incidents again; they are written once.
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +23,13 @@ INCIDENTS = "incidents.jsonl"
 _ROW = ("kind", "step", "passed_over", "cause", "checkpoint")
 
 
+class Rollback(NamedTuple):
+    """From the step with index ``target`` on, data is that of ``passed_over`` steps later."""
+
+    target: int
+    passed_over: int
+
+
 class Incident(NamedTuple):
     """One step that did not update."""
 
@@ -34,6 +41,7 @@ class Incident(NamedTuple):
     cases: list[str]  # of these, keyed ids of the store; damage is passed over after the draw
     seed: int  # of the run
     drop_path_seeds: list[int]
+    rollbacks: list[Rollback]  # that were done before
     losses: Mapping[str, float]
     grad_norms: Mapping[str, float]
     environment: Mapping[str, Any]
@@ -61,20 +69,21 @@ def capture(
     Raises:
         CheckpointWriteError: The disk is full or cannot be written.
     """
-    config, passed_over = run.config, int(run.guard.passed_over)
+    config, passed = run.config, int(run.guard.passed_over)
     size = config.train.batch_size
-    first = (step - 1 + passed_over) * size
+    first = (step - 1 + passed) * size
     samples = Samples(store, config)
     before = [folder.name for folder in folders(directory) if step_of(folder) < step]
     incident = Incident(
         step=step,
-        passed_over=passed_over,
+        passed_over=passed,
         cause=str(refused),
         checkpoint=before[-1] if before else "",
         samples=list(range(first, first + size)),
         cases=[samples.draw(index).record.case for index in range(first, first + size)],
         seed=config.train.seed,
         drop_path_seeds=drop_path_seeds,
+        rollbacks=read_rollbacks(directory),
         losses=refused.losses,
         grad_norms=refused.grad_norms,
         environment=environment(run),
@@ -128,17 +137,36 @@ def record_rollback(directory: Path, run: Run, *, step: int, target: int) -> Non
         ) from None
 
 
-class Rollback(NamedTuple):
-    """From the step with index ``target`` on, data is that of ``passed_over`` steps later."""
-
-    target: int
-    passed_over: int
-
-
 def read_rollbacks(directory: Path) -> list[Rollback]:
     """Return the roll-backs of a run in order."""
     rows = [row for row in map(json.loads, _rows(directory)) if row["kind"] == "roll back"]
     return [Rollback(step_of(Path(row["checkpoint"])), row["passed_over"]) for row in rows]
+
+
+def passed_over(rollbacks: Iterable[Rollback], at: int) -> int:
+    """Return how many steps' worth of data the step with index ``at`` had passed over."""
+    return max((r.passed_over for r in rollbacks if r.target <= at), default=0)
+
+
+def forget_later(directory: Path, run: Run) -> None:
+    """Drop what a checkpoint does not know from the list of the run that goes on from it.
+
+    As rows of ``metrics.jsonl``: where the run comes to the same roll-backs again, they are written
+    again. The files of incidents stay.
+
+    Raises:
+        CheckpointWriteError: The disk is full or cannot be written.
+    """
+    known, rows = int(run.guard.passed_over), _rows(directory)
+    kept = [row for row in rows if json.loads(row)["passed_over"] <= known]
+    if kept != rows:
+        try:
+            _write_rows(directory, kept)
+        except OSError as error:
+            raise CheckpointWriteError(
+                f"incidents.jsonl of --out cannot be written: {error.strerror}; mend that and give "
+                "the same command again"
+            ) from None
 
 
 def read_incident(directory: Path, step: int) -> dict[str, Any] | None:
@@ -150,6 +178,7 @@ def read_incident(directory: Path, step: int) -> dict[str, Any] | None:
     content = max(contents, key=lambda content: int(content["passed_over"]))
     for group in ("losses", "grad_norms"):
         content[group] = {name: float(value) for name, value in content[group].items()}
+    content["rollbacks"] = [Rollback(*pair) for pair in content["rollbacks"]]
     return dict(content)
 
 
@@ -172,8 +201,11 @@ def _append(directory: Path, content: Mapping[str, Any]) -> None:
     row = json.dumps({key: content[key] for key in _ROW})
     rows = _rows(directory)
     if row not in rows:
-        text = "".join(line + "\n" for line in [*rows, row])
-        write_atomic(directory / INCIDENTS, text.encode())
+        _write_rows(directory, [*rows, row])
+
+
+def _write_rows(directory: Path, rows: list[str]) -> None:
+    write_atomic(directory / INCIDENTS, "".join(row + "\n" for row in rows).encode())
 
 
 def _rows(directory: Path) -> list[str]:

@@ -33,7 +33,7 @@ from tapct_fast.train.checkpoint import STATE, Run, has_run, load_latest, tensor
 from tapct_fast.train.checkpoint_writer import CheckpointWriter
 from tapct_fast.train.guard import RefusedError, Verdict, explain, start_guard
 from tapct_fast.train.guide import Guide, load_guide
-from tapct_fast.train.incident import capture, record_rollback
+from tapct_fast.train.incident import capture, forget_later, record_rollback
 from tapct_fast.train.log import RunLog, notify
 from tapct_fast.train.memory import memory_errors
 from tapct_fast.train.observer import Observer
@@ -328,7 +328,10 @@ def drop_seed(config: Config, position: int, group: int, kind: int) -> int:
 
 def _resume(run: Run, out_dir: Path, processes: Processes) -> int:
     """Load the newest checkpoint in every process; one of them tidies up the folder."""
-    step = load_latest(run, out_dir, notify=notify) if processes.is_first else 0
+    step = 0
+    if processes.is_first:
+        step = load_latest(run, out_dir, notify=notify)
+        forget_later(out_dir, run)
     processes.barrier()
     if processes.is_first:
         return step

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ from tapct_fast.ssl.method import Losses
 from tapct_fast.train.checkpoint import Run, folders, load, newest_intact, step_of
 from tapct_fast.train.guard import explain
 from tapct_fast.train.guide import load_guide
-from tapct_fast.train.incident import Rollback, incident_file, read_incident, read_rollbacks
+from tapct_fast.train.incident import Rollback, passed_over, read_incident, read_rollbacks
 from tapct_fast.train.log import METRICS
 from tapct_fast.train.loop import build_run, choose_backend, micro_batch, take_step
 from tapct_fast.train.processes import Processes
@@ -31,28 +31,6 @@ class Numbers(NamedTuple):
 
     losses: Mapping[str, float]
     grad_norms: Mapping[str, float]
-
-
-class _Course(NamedTuple):
-    """The steps of a run between two roll-backs, and those before that they go on from."""
-
-    rollbacks: list[Rollback]  # of the run
-    latest: int | None  # what the course passed over at its end; None: the last course
-
-    def passed_over(self, at: int) -> int:
-        """Return how many steps' worth of data the step with index ``at`` had passed over."""
-        passed = [
-            r.passed_over
-            for r in self.rollbacks
-            if r.target <= at and (self.latest is None or r.passed_over <= self.latest)
-        ]
-        return max(passed, default=0)
-
-    def has(self, checkpoint: Path) -> bool:
-        """Say whether a checkpoint is of this course: a later one may have written it anew."""
-        with safe_open(checkpoint / "optimizer.safetensors", "pt") as file:
-            passed_over = int(file.get_tensor("guard.passed_over"))
-        return passed_over == self.passed_over(step_of(checkpoint) - 1)
 
 
 class Replay(NamedTuple):
@@ -111,11 +89,11 @@ def replay(
     eager = dataclasses.replace(config.train, compile="off")  # hooks see modules, not graphs
     engine = build_engine(run.method, eager, dtype=dtype, processes=Processes())
     incident = read_incident(run_dir, step)
-    course = _Course(read_rollbacks(run_dir), incident["passed_over"] if incident else None)
-    done = _load_before(run, run_dir, step, incident, course, notify)
+    rollbacks = incident["rollbacks"] if incident else read_rollbacks(run_dir)
+    done = _load_before(run, run_dir, step, incident, rollbacks, notify)
 
     def do(at: int) -> tuple[Numbers, str]:
-        position = at + course.passed_over(at)
+        position = at + passed_over(rollbacks, at)
         batches = [
             micro_batch(
                 config, position, pipeline.groups(micro), pipeline.batch_at(position, micro)
@@ -132,10 +110,7 @@ def replay(
         )
 
     for at in range(done, step - 1):
-        if not incident_file(run_dir, at + 1, course.passed_over(at)).exists():
-            do(at)
-        elif run.method.anchor is not None:  # all that a refused step does
-            run.method.anchor.refresh(run.method.teacher.backbone, at)
+        do(at)
     with first_not_finite(run.method) as (modules, gradients):
         now, cause = do(step - 1)
     return Replay(
@@ -245,7 +220,7 @@ def _load_before(
     run_dir: Path,
     step: int,
     incident: Mapping[str, Any] | None,
-    course: _Course,
+    rollbacks: Sequence[Rollback],
     notify: Callable[[str], None],
 ) -> int:
     wanted = incident["checkpoint"] if incident else ""
@@ -254,13 +229,20 @@ def _load_before(
     else:
         at_most = step - 1
     folder, _ = newest_intact(run_dir, notify=notify, at_most=at_most)
-    while folder is not None and not course.has(folder):
+    while folder is not None and not _is_of_course(folder, rollbacks):
         folder, _ = newest_intact(run_dir, notify=notify, at_most=step_of(folder) - 1)
     if folder is None:
         if folders(run_dir) and step > 1:
             notify("no checkpoint before this step is left, so it is replayed from the start")
         return 0
     return load(run, folder, notify=notify)
+
+
+def _is_of_course(checkpoint: Path, rollbacks: Sequence[Rollback]) -> bool:
+    """Say whether a checkpoint is of this course: behind a roll-back it is written anew."""
+    with safe_open(checkpoint / "optimizer.safetensors", "pt") as file:
+        found = int(file.get_tensor("guard.passed_over"))
+    return found == passed_over(rollbacks, step_of(checkpoint) - 1)
 
 
 def _recorded(run_dir: Path, step: int, incident: Mapping[str, Any] | None) -> Numbers | None:

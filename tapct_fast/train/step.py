@@ -177,7 +177,10 @@ def train_step(
     processes.reduce_gradients(student.parameters())
     norms = torch.stack(
         [
-            processes.whole(nn.utils.clip_grad_norm_(part.parameters(), run.config.optim.clip_norm))
+            # To the device: where no token is masked the iBOT head has no gradient, a norm on the host.
+            processes.whole(
+                nn.utils.clip_grad_norm_(part.parameters(), run.config.optim.clip_norm)
+            ).to(means.device)
             for part in student.children()
         ]
     )

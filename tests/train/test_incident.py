@@ -17,7 +17,7 @@ from tapct_fast.cli import main
 from tapct_fast.config import Config, GramConfig, GuardConfig
 from tapct_fast.data.pipeline import ViewBatch, ViewPipeline
 from tapct_fast.data.samples import Sample, Samples
-from tapct_fast.errors import CheckpointError, InputError, StoreError
+from tapct_fast.errors import CheckpointError, InputError, StoreError, TrainError
 from tapct_fast.io.store import Store
 from tapct_fast.ssl.method import DinoMethod
 from tapct_fast.train.checkpoint import folders, step_of
@@ -28,6 +28,7 @@ from tapct_fast.train.incident import (
     capture,
     incident_file,
     read_incident,
+    read_rollbacks,
     replayed_from,
 )
 from tapct_fast.train.loop import drop_seed, train
@@ -109,8 +110,12 @@ def test_a_refused_step_is_written_once_with_all_that_its_replay_needs_and_no_vo
 
 
 def test_a_step_from_the_metrics_is_replayed_bit_for_bit(
-    refused: Path, tiny_store: Path, capsys: pytest.CaptureFixture[str]
+    refused: Path,
+    tiny_store: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    poison(monkeypatch, {BAD_STEP})
     before = {p: p.stat().st_mtime_ns for p in refused.rglob("*")}
     # From the start, from the checkpoint of step 3, and from there past the refused step.
     for step in (2, 4, 6):
@@ -261,6 +266,28 @@ def test_steps_before_and_behind_a_roll_back_are_replayed_bit_for_bit(
     assert f"step {step}, replayed from the checkpoint of step {start}" in printed
     assert "recorded and replayed numbers are equal, bit for bit" in printed
     assert ("a spike" in printed) == is_refused
+
+
+def test_a_run_that_goes_on_with_wider_limits_forgets_the_roll_backs_it_does_not_repeat(
+    tiny_config: Config, tiny_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guard = GuardConfig(warmup_steps=2, skip_budget=1, max_rollbacks=1)
+    config = dataclasses.replace(tiny_config, guard=guard)
+    inflate(monkeypatch, {5, 7})
+    with pytest.raises(TrainError, match="gone back 1 times"):
+        train(config, tiny_store, tmp_path)
+    assert read_rollbacks(tmp_path) == [(3, 2)]
+    wider = dataclasses.replace(guard, spike_loss=1e9, spike_norm=1e9)
+    train(dataclasses.replace(config, guard=wider), tiny_store, tmp_path)
+    assert read_rollbacks(tmp_path) == []
+    # The incidents of the course that was left, and steps of the one that was not.
+    for step, start, is_left in ((5, 3, True), (6, 3, False)):
+        found = replay(tmp_path, tiny_store, step, device="cpu", notify=pytest.fail)
+        assert found.start == start
+        assert found.now == found.recorded
+        incident = read_incident(tmp_path, step)
+        assert (incident is not None) == is_left
+        assert not is_left or incident["rollbacks"] == [(3, 2)]
 
 
 def test_without_checkpoints_the_whole_course_of_a_step_is_replayed(
