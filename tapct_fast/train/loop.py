@@ -427,10 +427,11 @@ class _Steps:
             saves = done % train.checkpoint_every == 0 or done == train.num_steps
             if reads_late and not (saves or self._is_logged(done)):
                 continue
-            is_asked, unread = self._settle(*unread), None
-            if saves or is_asked:
+            metrics, unread = self._settle(*unread), None
+            # What a refused step leaves is the state before it, or damage that going back mends.
+            if (saves and metrics.is_sound) or metrics.is_asked or done == train.num_steps:
                 self._save(done)
-            if is_asked and done < train.num_steps:
+            if metrics.is_asked and done < train.num_steps:
                 if self._writer is not None:
                     self._writer.wait()
                 by = f" by {stop.received}" if stop.received else ""
@@ -460,8 +461,8 @@ class _Steps:
         train = self._run.config.train
         return done % train.log_every == 0 or done == train.num_steps
 
-    def _settle(self, done: int, values: StepValues, result: StepResult) -> bool:
-        """Read a step and say whether a process was asked to stop during it."""
+    def _settle(self, done: int, values: StepValues, result: StepResult) -> StepMetrics:
+        """Read a step and log it or record its refusal."""
         metrics = result.read()
         faulthandler.cancel_dump_traceback_later()
         if metrics.is_sound:
@@ -479,7 +480,7 @@ class _Steps:
             self._log.advance()
         if self._writer is not None:
             self._writer.poll()
-        return metrics.is_asked
+        return metrics
 
     def _refuse(self, done: int, metrics: StepMetrics) -> None:
         """Record a step that did not update."""

@@ -177,7 +177,7 @@ def train_step(
     processes.reduce_gradients(student.parameters())
     norms = torch.stack(
         [
-            # To the device: where no token is masked the iBOT head has no gradient, a norm on the host.
+            # Without a gradient, as of an iBOT head where no token is masked, the norm is on the host.
             processes.whole(
                 nn.utils.clip_grad_norm_(part.parameters(), run.config.optim.clip_norm)
             ).to(means.device)

@@ -201,7 +201,7 @@ def test_replay_names_the_module_or_the_parameter_that_breaks(
 def rolled_back(
     tiny_config: Config, tiny_store: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """A run with two spikes in a row behind a checkpoint, and one saved between them."""
+    """A run with two spikes in a row, one where a checkpoint was due, and a lone one behind."""
     out = tmp_path_factory.mktemp("rolled")
     settings = dataclasses.replace(
         tiny_config.train, num_steps=12, checkpoint_every=2, keep_checkpoints=9
@@ -231,7 +231,7 @@ def test_the_list_of_a_run_tells_its_skips_and_its_roll_backs(rolled_back: Path)
     told = [(r["kind"], r["step"], r["passed_over"], r["checkpoint"]) for r in found]
     assert told == [
         ("skip", 6, 0, "step-00000004"),
-        ("skip", 7, 0, "step-00000006"),
+        ("skip", 7, 0, "step-00000004"),
         ("roll back", 7, 3, "step-00000004"),
         ("skip", 10, 3, "step-00000008"),
     ]
@@ -243,11 +243,11 @@ def test_the_list_of_a_run_tells_its_skips_and_its_roll_backs(rolled_back: Path)
         (4, 2, False),
         (5, 4, False),  # its checkpoint was written before the roll-back
         (6, 4, True),
-        (7, 4, True),  # the checkpoint of step 6 is now of another course
+        (7, 4, True),
         (8, 6, False),
         (10, 8, True),
-        (11, 10, False),
-        (12, 10, False),
+        (11, 8, False),  # no checkpoint is written behind a refused step
+        (12, 8, False),
     ],
 )
 def test_steps_before_and_behind_a_roll_back_are_replayed_bit_for_bit(
@@ -288,6 +288,17 @@ def test_a_run_that_goes_on_with_wider_limits_forgets_the_roll_backs_it_does_not
         incident = read_incident(tmp_path, step)
         assert (incident is not None) == is_left
         assert not is_left or incident["rollbacks"] == [(3, 2)]
+
+
+def test_a_checkpoint_of_another_course_is_not_what_a_step_is_replayed_from(
+    rolled_back: Path, tiny_store: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    shutil.copytree(rolled_back, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000004")
+    inflate(monkeypatch, {6, 7, 13})
+    found = replay(tmp_path / "run", tiny_store, 7, device="cpu", notify=pytest.fail)
+    assert found.start == 2  # the one of step 6 was written behind the roll-back
+    assert found.now == found.recorded
 
 
 def test_without_checkpoints_the_whole_course_of_a_step_is_replayed(

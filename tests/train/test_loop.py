@@ -33,7 +33,7 @@ from tapct_fast.errors import (
 )
 from tapct_fast.io.store import Store
 from tapct_fast.train import loop
-from tapct_fast.train.checkpoint import folders, pointed_to, verify
+from tapct_fast.train.checkpoint import Run, folders, pointed_to, step_of, verify
 from tapct_fast.train.loop import choose_backend, train, uniform_loss
 from tapct_fast.train.step import StepResult
 
@@ -310,6 +310,29 @@ def test_a_row_of_skips_goes_back_passes_over_the_data_and_a_resume_repeats_it(
     assert [row["skipped"] for row in log] == [0, 0, 0, 0, 2, 2, 2, 2]
     assert rows(tmp_path / "killed") == log
     assert hashes(tmp_path / "killed", 8) == hashes(tmp_path / "whole", 8)
+
+
+def test_a_weight_that_breaks_in_memory_is_mended_by_going_back(
+    tiny_config: Config, tiny_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guard = dataclasses.replace(tiny_config.guard, skip_budget=2)
+    settings = dataclasses.replace(tiny_config.train, num_steps=8, checkpoint_every=2)
+    config = dataclasses.replace(tiny_config, guard=guard, train=settings)
+    step, calls = loop.train_step, []
+
+    def breaking(run: Run, *args: Any, **kwargs: Any) -> StepResult:
+        calls.append(1)
+        if len(calls) == 6:  # a checkpoint is due behind it
+            run.method.teacher.backbone.norm.weight[3] = torch.inf
+        return step(run, *args, **kwargs)
+
+    monkeypatch.setattr(loop, "train_step", breaking)
+    train(config, tiny_store, tmp_path)
+    assert len(calls) == 7 + 4
+    log = rows(tmp_path)
+    assert [row["step"] for row in log] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert [row["skipped"] for row in log] == [0, 0, 0, 0, 2, 2, 2, 2]
+    assert [step_of(folder) for folder in folders(tmp_path)] == [4, 6, 8]
 
 
 def test_a_signal_that_comes_with_the_last_skip_stops_the_run_behind_its_roll_back(
