@@ -177,7 +177,7 @@ def train_step(
     processes.reduce_gradients(student.parameters())
     norms = torch.stack(
         [
-            # Without a gradient, as of an iBOT head where no token is masked, the norm is on the host.
+            # Without a gradient, as an iBOT head has where no token is masked, it is on the host.
             processes.whole(
                 nn.utils.clip_grad_norm_(part.parameters(), run.config.optim.clip_norm)
             ).to(means.device)

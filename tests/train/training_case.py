@@ -77,42 +77,6 @@ def with_centers(config: Config) -> Config:
     return dataclasses.replace(config, losses=losses)
 
 
-def clipped_at(config: Config, norm: float) -> Config:
-    return dataclasses.replace(config, optim=dataclasses.replace(config.optim, clip_norm=norm))
-
-
-def kept_rows(config: Config, views: ViewBatch, seed: int) -> Kept:
-    """What drop path keeps of a batch that is one group."""
-    num_samples = views.num_samples
-    return Kept(
-        *(
-            draw_kept_rows(
-                [2 * seed + kind],
-                depth=config.vit.depth,
-                num_views=v_VBZYX.shape[0],
-                group_size=num_samples,
-                drop_path=config.vit.drop_path,
-            )
-            for kind, v_VBZYX in enumerate((views.global_VBZYX, views.local_VBZYX))
-        )
-    )
-
-
-def engine_of(run: Run, *, dtype: torch.dtype = torch.float32, compile: str = "off") -> Engine:
-    settings = dataclasses.replace(run.config.train, compile=compile)
-    return build_engine(run.method, settings, dtype=dtype, processes=Processes())
-
-
-def do_step(
-    run: Run,
-    batches: Sequence[MicroBatch],
-    values: StepValues,
-    *,
-    dtype: torch.dtype = torch.float32,
-) -> StepMetrics:
-    return train_step(run, batches, values, engine_of(run, dtype=dtype)).read()
-
-
 def explained(run: Run, metrics: StepMetrics) -> str:
     """Return the cause that the loop tells of a refused step."""
     return explain(
@@ -188,3 +152,39 @@ def train_until_killed(config: Config, store: Path, out: Path, after: float | No
 
         threading.Thread(target=die, daemon=True).start()
     train(config, store, out)
+
+
+def clipped_at(config: Config, norm: float) -> Config:
+    return dataclasses.replace(config, optim=dataclasses.replace(config.optim, clip_norm=norm))
+
+
+def kept_rows(config: Config, views: ViewBatch, seed: int) -> Kept:
+    """What drop path keeps of a batch that is one group."""
+    num_samples = views.num_samples
+    return Kept(
+        *(
+            draw_kept_rows(
+                [2 * seed + kind],
+                depth=config.vit.depth,
+                num_views=v_VBZYX.shape[0],
+                group_size=num_samples,
+                drop_path=config.vit.drop_path,
+            )
+            for kind, v_VBZYX in enumerate((views.global_VBZYX, views.local_VBZYX))
+        )
+    )
+
+
+def engine_of(run: Run, *, dtype: torch.dtype = torch.float32, compile: str = "off") -> Engine:
+    settings = dataclasses.replace(run.config.train, compile=compile)
+    return build_engine(run.method, settings, dtype=dtype, processes=Processes())
+
+
+def do_step(
+    run: Run,
+    batches: Sequence[MicroBatch],
+    values: StepValues,
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> StepMetrics:
+    return train_step(run, batches, values, engine_of(run, dtype=dtype)).read()
