@@ -196,7 +196,16 @@ def _replay(args: argparse.Namespace) -> int:
     from tapct_fast.train.log import notify
     from tapct_fast.train.replay import render, replay
 
-    print(render(replay(args.run_dir, args.store, args.step, device=args.device, notify=notify)))
+    found = replay(
+        args.run_dir,
+        args.store,
+        args.step,
+        start=args.start,
+        distill=args.distill,
+        device=args.device,
+        notify=notify,
+    )
+    print(render(found))
     return 0
 
 
@@ -515,6 +524,8 @@ def _parser() -> _Parser:
     replay.add_argument(
         "--step", type=int, required=True, metavar="N", help="as in incidents.jsonl, from 1"
     )
+    replay.add_argument("--start", metavar="WEIGHTS", help="as the run was given it")
+    replay.add_argument("--distill", type=Path, metavar="RUN", help="as the run was given it")
     replay.add_argument("--device", default=None, help="default: as in train")
     replay.set_defaults(run=_replay)
 

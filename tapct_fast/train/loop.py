@@ -34,7 +34,7 @@ from tapct_fast.train.checkpoint import STATE, Run, has_run, load_latest, tensor
 from tapct_fast.train.checkpoint_writer import CheckpointWriter
 from tapct_fast.train.guard import RefusedError, Verdict, explain, start_guard
 from tapct_fast.train.guide import Guide, load_guide
-from tapct_fast.train.incident import capture
+from tapct_fast.train.incident import capture, forget_later, record_rollback
 from tapct_fast.train.log import RunLog, notify
 from tapct_fast.train.memory import memory_errors
 from tapct_fast.train.observer import Observer
@@ -62,7 +62,7 @@ class TrainResult(NamedTuple):
 
     checkpoint: Path  # the last one
     num_steps: int
-    final_loss: float  # total of the last step
+    final_loss: float  # total of the last step that was not refused
     uniform_loss: float  # DINO and iBOT terms of a student whose logits are all equal
     seconds: float  # of this call
 
@@ -157,13 +157,18 @@ def train(
         except OSError as error:
             raise InputError(f"--out cannot be written: {error.strerror}") from None
     engine = build_engine(run.method, config.train, dtype=dtype, processes=processes)
-    with ExitStack() as watched, memory_errors(out_dir, config.train):
+    # One for all courses: a signal that comes before a roll-back stops the run behind it.
+    with (
+        ExitStack() as watched,
+        memory_errors(out_dir, config.train, world_size=processes.world_size),
+        StopSignals() as stop,
+    ):
         for observer in reversed(observers if processes.is_first else ()):
             watched.callback(observer.close)
         steps = _Steps(run, engine, store, pipeline, out_dir, trackers, observers)
         while True:
             try:
-                steps.run_from(step, progress=progress)
+                steps.run_from(step, stop, progress=progress)
                 break
             except _BudgetSpentError as spent:
                 step = _go_back(run, out_dir, spent, processes)
@@ -299,6 +304,29 @@ def micro_batch(config: Config, position: int, groups: range, views: ViewBatch) 
     return MicroBatch(views, Kept(*kept))
 
 
+def take_step(
+    run: Run,
+    batches: Sequence[MicroBatch],
+    step: int,
+    engine: Engine,
+    *,
+    is_asked: bool = False,
+) -> tuple[StepValues, StepResult]:
+    """Do a step of the run's schedules, counted from 0; see ``train_step``."""
+    config, anchor = run.config, run.method.anchor
+    values = step_values(
+        config.schedule,
+        step,
+        num_steps=config.train.num_steps,
+        batch_size=config.train.batch_size,
+    )
+    if anchor is not None:
+        anchor.refresh(run.method.teacher.backbone, step)
+    is_anchored = anchor is not None and anchor_step(anchor.config, step) is not None
+    result = train_step(run, batches, values, engine, is_anchored=is_anchored, is_asked=is_asked)
+    return values, result
+
+
 def drop_seed(config: Config, position: int, group: int, kind: int) -> int:
     """Return the seed of drop path for the global (0) or the local (1) views of a group."""
     rng = generator(config.train.seed, Stream.DROP_PATH, position, group, kind)
@@ -307,7 +335,10 @@ def drop_seed(config: Config, position: int, group: int, kind: int) -> int:
 
 def _resume(run: Run, out_dir: Path, processes: Processes) -> int:
     """Load the newest checkpoint in every process; one of them tidies up the folder."""
-    step = load_latest(run, out_dir, notify=notify) if processes.is_first else 0
+    step = 0
+    if processes.is_first:
+        step = load_latest(run, out_dir, notify=notify)
+        forget_later(out_dir, run)
     processes.barrier()
     if processes.is_first:
         return step
@@ -327,7 +358,10 @@ def _go_back(run: Run, out_dir: Path, spent: _BudgetSpentError, processes: Proce
         tell = notify if rank == 0 else _silent
         return roll_back(run, out_dir, spent.step, spent.verdict, notify=tell, rank=rank)
 
-    step = go(0) if processes.is_first else 0
+    step = 0
+    if processes.is_first:
+        step = go(0)
+        record_rollback(out_dir, run, step=spent.step, target=step)
     processes.barrier()
     return step if processes.is_first else go(processes.rank)
 
@@ -361,7 +395,7 @@ class _Steps:
         self._mark = (0.0, 0)  # of the last row: its time and step
         self.last_loss = math.nan
 
-    def run_from(self, first: int, *, progress: bool) -> None:
+    def run_from(self, first: int, stop: StopSignals, *, progress: bool) -> None:
         """Do the steps behind ``first``.
 
         Raises:
@@ -390,7 +424,6 @@ class _Steps:
                         self._out_dir, keep=train.keep_checkpoints, saved=self._tell_saved
                     )
                 )
-            stop = open_parts.enter_context(StopSignals())
             stream = open_parts.enter_context(closing(self._pipeline.stream(*positions)))
             self._do_all(first, shift, stream, stop)
 
@@ -409,10 +442,11 @@ class _Steps:
             saves = done % train.checkpoint_every == 0 or done == train.num_steps
             if reads_late and not (saves or self._is_logged(done)):
                 continue
-            is_asked, unread = self._settle(*unread), None
-            if saves or is_asked:
+            metrics, unread = self._settle(*unread), None
+            # What a refused step leaves is the state before it, or damage that going back mends.
+            if (saves and metrics.is_sound) or metrics.is_asked or done == train.num_steps:
                 self._save(done)
-            if is_asked and done < train.num_steps:
+            if metrics.is_asked and done < train.num_steps:
                 if self._writer is not None:
                     self._writer.wait()
                 by = f" by {stop.received}" if stop.received else ""
@@ -432,38 +466,23 @@ class _Steps:
         for micro, (views, seconds) in enumerate(islice(stream, config.train.accumulate)):
             self._waits.append(seconds)
             batches.append(micro_batch(config, position, self._pipeline.groups(micro), views))
-        values = step_values(
-            config.schedule,
-            step,
-            num_steps=config.train.num_steps,
-            batch_size=config.train.batch_size,
-        )
         if processes.group is not None:  # where each of them hangs, should one do so
             faulthandler.dump_traceback_later(STEP_TIMEOUT.total_seconds(), exit=False)
-        anchor = self._run.method.anchor
-        if anchor is not None:
-            anchor.refresh(self._run.method.teacher.backbone, step)
-        result = train_step(
-            self._run,
-            batches,
-            values,
-            self._engine,
-            is_anchored=anchor is not None and anchor_step(anchor.config, step) is not None,
-            is_asked=is_asked,
-        )
+        taken = take_step(self._run, batches, step, self._engine, is_asked=is_asked)
         processes.steps_began()
-        return values, result
+        return taken
 
     def _is_logged(self, done: int) -> bool:
         train = self._run.config.train
         return done % train.log_every == 0 or done == train.num_steps
 
-    def _settle(self, done: int, values: StepValues, result: StepResult) -> bool:
-        """Read a step and say whether a process was asked to stop during it."""
+    def _settle(self, done: int, values: StepValues, result: StepResult) -> StepMetrics:
+        """Read a step and log it or record its refusal."""
         metrics = result.read()
         faulthandler.cancel_dump_traceback_later()
-        self.last_loss = metrics.losses["total"]
-        if not metrics.is_sound:
+        if metrics.is_sound:
+            self.last_loss = metrics.losses["total"]
+        else:
             self._refuse(done, metrics)
         processes = self._engine.processes
         # A step that was refused has no row: it is in incidents.jsonl.
@@ -476,7 +495,7 @@ class _Steps:
             self._log.advance()
         if self._writer is not None:
             self._writer.poll()
-        return metrics.is_asked
+        return metrics
 
     def _refuse(self, done: int, metrics: StepMetrics) -> None:
         """Record a step that did not update."""
@@ -496,7 +515,6 @@ class _Steps:
                 self._out_dir,
                 run,
                 self._store,
-                kind="skip",
                 step=done,
                 refused=RefusedError(cause, metrics.losses, metrics.grad_norms),
                 drop_path_seeds=[

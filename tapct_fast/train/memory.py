@@ -18,12 +18,13 @@ _ASKED = re.compile(r"allocate ([0-9.]+ ?(?:[KMGT]i?B|bytes))")
 
 
 @contextmanager
-def memory_errors(directory: Path, config: TrainConfig) -> Iterator[None]:
+def memory_errors(directory: Path, config: TrainConfig, *, world_size: int = 1) -> Iterator[None]:
     """Turn an allocation that fails inside into one line with peak, request and suggestion.
 
     Args:
         directory: The run's folder.
         config: The settings that decide how much a step takes.
+        world_size: Processes that share a step.
 
     Raises:
         StoppedError: There is a checkpoint; memory may be free another time.
@@ -34,7 +35,7 @@ def memory_errors(directory: Path, config: TrainConfig) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
         if not isinstance(error, MemoryError) and not _SIGNS.search(str(error)):
             raise
-        line = _explain(str(error), config)
+        line = _explain(str(error), config, world_size)
     else:
         return
     done = folders(directory)
@@ -46,20 +47,27 @@ def memory_errors(directory: Path, config: TrainConfig) -> Iterator[None]:
     raise TrainError(line)
 
 
-def _explain(message: str, config: TrainConfig) -> str:
+def _explain(message: str, config: TrainConfig, world_size: int) -> str:
     asked = _ASKED.search(message)
     where, peak = "the host", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if "CUDA" in message:
         where, peak = "the GPU", torch.cuda.max_memory_allocated()
     wanted = f", when {asked[1]} more were asked for" if asked else ""
-    return f"out of memory on {where}: the peak was {peak / 1e9:.2f} GB{wanted}. {_way_out(config)}"
+    way_out = _way_out(config, world_size)
+    return f"out of memory on {where}: the peak was {peak / 1e9:.2f} GB{wanted}. {way_out}"
 
 
-def _way_out(config: TrainConfig) -> str:
-    micro = config.batch_size // config.accumulate
-    if micro % 2 == 0:
-        return (
-            f"Micro-batches have {micro} samples: start a run with train.accumulate="
-            f"{2 * config.accumulate}, or a smaller train.batch_size"
-        )
-    return f"Micro-batches have {micro} samples: start a run with smaller views or a smaller model"
+def _way_out(config: TrainConfig, world_size: int) -> str:
+    """Return what costs least next: time for activations, smaller micro-batches, more time."""
+    micro = config.batch_size // (world_size * config.accumulate)
+    num_groups = config.batch_size // (world_size * config.group_size)  # of a process
+    more = [a for a in range(config.accumulate + 1, num_groups + 1) if num_groups % a == 0]
+    if config.checkpointing == "none":
+        setting = "train.checkpointing=selective"
+    elif more:
+        setting = f"train.accumulate={more[0]}, or a smaller train.batch_size"
+    elif config.checkpointing == "selective":
+        setting = "train.checkpointing=full"
+    else:
+        setting = "smaller views or a smaller model"
+    return f"Micro-batches have {micro} samples: start a run with {setting}"

@@ -2,27 +2,28 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from tapct_fast.config import Config, from_json
 from tapct_fast.data.pipeline import ViewPipeline
 from tapct_fast.errors import ConfigError, InputError
 from tapct_fast.io.store import Store
-from tapct_fast.ssl.schedules import step_values
+from tapct_fast.ssl.method import Losses
 from tapct_fast.train.checkpoint import Run, folders, load, newest_intact, step_of
 from tapct_fast.train.guard import explain
-from tapct_fast.train.incident import read_incident
+from tapct_fast.train.guide import load_guide
+from tapct_fast.train.incident import Rollback, passed_over, read_incident, read_rollbacks
 from tapct_fast.train.log import METRICS
-from tapct_fast.train.loop import build_run, choose_backend, micro_batch
+from tapct_fast.train.loop import build_run, choose_backend, micro_batch, take_step
 from tapct_fast.train.processes import Processes
-from tapct_fast.train.step import build_engine, train_step
-
-_LOSSES = ("total", "dino_global", "dino_local", "ibot", "koleo")
+from tapct_fast.train.start import read_start
+from tapct_fast.train.step import build_engine
 
 
 class Numbers(NamedTuple):
@@ -49,6 +50,8 @@ def replay(
     store_dir: Path,
     step: int,
     *,
+    start: str | Path | None = None,
+    distill: Path | None = None,
     device: str | None = None,
     notify: Callable[[str], None],
 ) -> Replay:
@@ -58,12 +61,15 @@ def replay(
         run_dir: Folder of the run.
         store_dir: The store it was trained on.
         step: Counted from 1, as in ``metrics.jsonl`` and ``incidents.jsonl``.
+        start: What the run was given.
+        distill: What the run was given.
         device: As in ``train``.
         notify: Told in one line about damaged checkpoints and about what may change bits.
 
     Raises:
         InputError: There is no such run, step or device.
-        CheckpointError: No checkpoint passes its check, or the store is another one.
+        CheckpointError: No checkpoint passes its check, or the store or what the run was given is
+            another one.
     """
     config = _config_of(run_dir)
     if not 1 <= step <= config.train.num_steps:
@@ -71,28 +77,30 @@ def replay(
     store = Store.open(store_dir)
     target, dtype = choose_backend(config, device)
     pipeline = ViewPipeline(store, config, device=target)
-    run = build_run(config, store.fingerprint, target, dtype, pipeline.renderer)
+    run = build_run(
+        config,
+        store.fingerprint,
+        target,
+        dtype,
+        pipeline.renderer,
+        start=None if start is None else read_start(start, config, notify=notify),
+        guide=None if distill is None else load_guide(distill, config),
+    )
     eager = dataclasses.replace(config.train, compile="off")  # hooks see modules, not graphs
     engine = build_engine(run.method, eager, dtype=dtype, processes=Processes())
     incident = read_incident(run_dir, step)
-    start = _load_before(run, run_dir, step, incident, notify)
-    passed_over = int(incident["passed_over"] if incident else run.guard.passed_over)
+    rollbacks = incident["rollbacks"] if incident else read_rollbacks(run_dir)
+    done = _load_before(run, run_dir, step, incident, rollbacks, notify)
 
     def do(at: int) -> tuple[Numbers, str]:
-        values = step_values(
-            config.schedule,
-            at,
-            num_steps=config.train.num_steps,
-            batch_size=config.train.batch_size,
-        )
-        position = at + passed_over
+        position = at + passed_over(rollbacks, at)
         batches = [
             micro_batch(
                 config, position, pipeline.groups(micro), pipeline.batch_at(position, micro)
             )
             for micro in range(config.train.accumulate)
         ]
-        metrics = train_step(run, batches, values, engine).read()
+        metrics = take_step(run, batches, at, engine)[1].read()
         numbers = Numbers(metrics.losses, metrics.grad_norms)
         if metrics.is_sound:
             return numbers, ""
@@ -101,13 +109,13 @@ def replay(
             *numbers, voxels=metrics.voxels, networks=networks, optimizer=run.optimizer
         )
 
-    for at in range(start, step - 1):
+    for at in range(done, step - 1):
         do(at)
     with first_not_finite(run.method) as (modules, gradients):
         now, cause = do(step - 1)
     return Replay(
         step,
-        start,
+        done,
         _recorded(run_dir, step, incident),
         now,
         cause,
@@ -212,6 +220,7 @@ def _load_before(
     run_dir: Path,
     step: int,
     incident: Mapping[str, Any] | None,
+    rollbacks: Sequence[Rollback],
     notify: Callable[[str], None],
 ) -> int:
     wanted = incident["checkpoint"] if incident else ""
@@ -220,11 +229,20 @@ def _load_before(
     else:
         at_most = step - 1
     folder, _ = newest_intact(run_dir, notify=notify, at_most=at_most)
+    while folder is not None and not _is_of_course(folder, rollbacks):
+        folder, _ = newest_intact(run_dir, notify=notify, at_most=step_of(folder) - 1)
     if folder is None:
         if folders(run_dir) and step > 1:
             notify("no checkpoint before this step is left, so it is replayed from the start")
         return 0
     return load(run, folder, notify=notify)
+
+
+def _is_of_course(checkpoint: Path, rollbacks: Sequence[Rollback]) -> bool:
+    """Say whether a checkpoint is of this course: behind a roll-back it is written anew."""
+    with safe_open(checkpoint / "optimizer.safetensors", "pt") as file:
+        found = int(file.get_tensor("guard.passed_over"))
+    return found == passed_over(rollbacks, step_of(checkpoint) - 1)
 
 
 def _recorded(run_dir: Path, step: int, incident: Mapping[str, Any] | None) -> Numbers | None:
@@ -237,7 +255,7 @@ def _recorded(run_dir: Path, step: int, incident: Mapping[str, Any] | None) -> N
     for line in lines:
         row = json.loads(line)
         if row["step"] == step:
-            losses = {name: row["loss" if name == "total" else name] for name in _LOSSES}
+            losses = {n: row.get("loss" if n == "total" else n, 0.0) for n in Losses._fields}
             norms = {
                 name.removeprefix("grad_norm_"): value
                 for name, value in row.items()

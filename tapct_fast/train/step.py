@@ -180,7 +180,10 @@ def train_step(
     processes.reduce_gradients(student.parameters())
     norms = torch.stack(
         [
-            processes.whole(nn.utils.clip_grad_norm_(part.parameters(), run.config.optim.clip_norm))
+            # Without a gradient, as an iBOT head has where no token is masked, it is on the host.
+            processes.whole(
+                nn.utils.clip_grad_norm_(part.parameters(), run.config.optim.clip_norm)
+            ).to(means.device)
             for part in student.children()
         ]
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from stepped_runs import assert_equal, build, build_stepped, tensors, with_centers
+from training_case import assert_equal, run_of, stepped_run, tensors, with_centers
 
 from tapct_fast.config import Config
 from tapct_fast.errors import CheckpointError, TrainError
@@ -35,7 +35,7 @@ def config(tiny_config: Config) -> Config:
 def test_weights_optimizer_and_centers_come_back_bit_for_bit(
     config: Config, tmp_path: Path
 ) -> None:
-    run, fresh, lines = build_stepped(config), build(config, seed=1), []
+    run, fresh, lines = stepped_run(config), run_of(config, seed=1), []
     folder = save(run, tmp_path, 100)
     assert folder == tmp_path / "checkpoints" / "step-00000100"
     assert {path.name for path in folder.iterdir()} == FILES
@@ -52,7 +52,7 @@ def test_weights_optimizer_and_centers_come_back_bit_for_bit(
 
 
 def test_files_have_the_documented_names(config: Config, tmp_path: Path) -> None:
-    folder = save(build_stepped(config), tmp_path, 1)
+    folder = save(stepped_run(config), tmp_path, 1)
     student, teacher = (
         set(safetensors.torch.load_file(folder / f"{kind}.safetensors"))
         for kind in ("student", "teacher")
@@ -61,18 +61,18 @@ def test_files_have_the_documented_names(config: Config, tmp_path: Path) -> None
     assert teacher - student == {"dino_center.center_P", "ibot_center.center_P"}
     assert "backbone.patch_embed.proj.weight" in student
     state = json.loads((folder / "state.json").read_text())
-    assert (state["step"], state["store"]) == (1, "abc")
+    assert (state["step"], state["store"]) == (1, "store")
 
 
 def test_no_checkpoint_means_step_zero(config: Config, tmp_path: Path) -> None:
-    run = build(config)
+    run = run_of(config)
     before = tensors(run)
     assert load_latest(run, tmp_path / "absent", notify=pytest.fail) == 0
     assert_equal(before, tensors(run))
 
 
 def test_the_oldest_checkpoints_are_removed(config: Config, tmp_path: Path) -> None:
-    run = build(config)
+    run = run_of(config)
     for step in range(1, 6):
         save(run, tmp_path, step)
     left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
@@ -80,7 +80,7 @@ def test_the_oldest_checkpoints_are_removed(config: Config, tmp_path: Path) -> N
 
 
 def test_every_flipped_bit_is_found(config: Config, tmp_path: Path) -> None:
-    folder = save(build_stepped(config), tmp_path, 1)
+    folder = save(stepped_run(config), tmp_path, 1)
     draw = random.Random(0)
     for path in sorted(folder.iterdir()):
         data = bytearray(path.read_bytes())
@@ -96,7 +96,7 @@ def test_every_flipped_bit_is_found(config: Config, tmp_path: Path) -> None:
 
 
 def test_every_truncation_is_found(config: Config, tmp_path: Path) -> None:
-    folder = save(build_stepped(config), tmp_path, 1)
+    folder = save(stepped_run(config), tmp_path, 1)
     draw = random.Random(1)
     for path in sorted(folder.iterdir()):
         data = path.read_bytes()
@@ -148,10 +148,10 @@ def take_file_of_another_step(folder: Path) -> None:
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(
     config: Config, tmp_path: Path, damage: Callable[[Path], None], reason: str
 ) -> None:
-    old, lines = build_stepped(config, seed=1), []
+    old, lines = stepped_run(config, seed=1), []
     save(old, tmp_path, 1)
-    damage(save(build_stepped(config, seed=2), tmp_path, 2))
-    run = build(config)
+    damage(save(stepped_run(config, seed=2), tmp_path, 2))
+    run = run_of(config)
     assert load_latest(run, tmp_path, notify=lines.append) == 1
     assert_equal(tensors(run), tensors(old))
     assert len(lines) == 1
@@ -165,10 +165,10 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(
 def test_without_an_intact_checkpoint_a_run_does_not_silently_start_again(
     config: Config, tmp_path: Path
 ) -> None:
-    remove_file(save(build(config), tmp_path, 1))
+    remove_file(save(run_of(config), tmp_path, 1))
     for _ in range(2):  # the refusal does not remove its own reason
         with pytest.raises(CheckpointError, match="none of 1 checkpoints passes"):
-            load_latest(build(config), tmp_path, notify=lambda _: None)
+            load_latest(run_of(config), tmp_path, notify=lambda _: None)
 
 
 @pytest.mark.parametrize(
@@ -183,10 +183,10 @@ def test_without_an_intact_checkpoint_a_run_does_not_silently_start_again(
 def test_another_config_is_refused_by_the_first_setting_that_differs(
     config: Config, tmp_path: Path, path: str, value: object, message: str
 ) -> None:
-    save(build(config), tmp_path, 1)
+    save(run_of(config), tmp_path, 1)
     group, name = path.split(".")
     node = dataclasses.replace(getattr(config, group), **{name: value})
-    other = build(dataclasses.replace(config, **{group: node}))
+    other = run_of(dataclasses.replace(config, **{group: node}))
     before = tensors(other)
     with pytest.raises(CheckpointError, match=message):
         load_latest(other, tmp_path, notify=pytest.fail)
@@ -194,15 +194,15 @@ def test_another_config_is_refused_by_the_first_setting_that_differs(
 
 
 def test_another_store_is_refused(config: Config, tmp_path: Path) -> None:
-    save(build(config), tmp_path, 1)
+    save(run_of(config), tmp_path, 1)
     with pytest.raises(CheckpointError, match="another store"):
-        load_latest(build(config, store="def"), tmp_path, notify=pytest.fail)
+        load_latest(run_of(config, fingerprint="def"), tmp_path, notify=pytest.fail)
 
 
 def test_another_backend_is_announced(config: Config, tmp_path: Path) -> None:
-    save(build(config), tmp_path, 1)
+    save(run_of(config), tmp_path, 1)
     lines: list[str] = []
-    other = build(config)._replace(backend="cuda bfloat16")
+    other = run_of(config)._replace(backend="cuda bfloat16")
     assert load_latest(other, tmp_path, notify=lines.append) == 1
     assert lines == ["resuming, but not bit for bit: backend cpu float32 -> cuda bfloat16"]
 
@@ -210,16 +210,16 @@ def test_another_backend_is_announced(config: Config, tmp_path: Path) -> None:
 def test_a_checkpoint_of_a_later_release_is_refused_and_left_alone(
     config: Config, tmp_path: Path
 ) -> None:
-    save(build(config), tmp_path, 1)
-    manifest = save(build(config), tmp_path, 2) / "manifest.json"
+    save(run_of(config), tmp_path, 1)
+    manifest = save(run_of(config), tmp_path, 2) / "manifest.json"
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"version": 3}))
     with pytest.raises(CheckpointError, match="checkpoint version 3; this tapct_fast reads 2"):
-        load_latest(build(config), tmp_path, notify=pytest.fail)
+        load_latest(run_of(config), tmp_path, notify=pytest.fail)
     assert manifest.exists()
 
 
 def test_a_state_that_is_not_finite_is_never_written(config: Config, tmp_path: Path) -> None:
-    run = build_stepped(config)
+    run = stepped_run(config)
     save(run, tmp_path, 1)
     weight = run.method.student.backbone.norm.weight
     run.optimizer.state[weight]["exp_avg_sq"][0] = torch.inf
@@ -232,27 +232,27 @@ def test_a_state_that_is_not_finite_is_never_written(config: Config, tmp_path: P
 def test_a_folder_that_cannot_be_written_is_one_clear_error(config: Config, tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("a file in the way")
     with pytest.raises(CheckpointError, match=r"step 1 cannot be written: .*same command") as error:
-        save(build(config), tmp_path, 1)
+        save(run_of(config), tmp_path, 1)
     assert error.value.exit_code == 74
 
 
 def test_leftovers_of_a_killed_save_are_removed(config: Config, tmp_path: Path) -> None:
-    folder = save(build(config), tmp_path, 1)
+    folder = save(run_of(config), tmp_path, 1)
     leftover = folder.parent / ".step-00000002.1a2b3c4d.tmp"
     leftover.mkdir()
     (leftover / "student.safetensors").write_bytes(b"half")
-    assert load_latest(build(config), tmp_path, notify=pytest.fail) == 1
+    assert load_latest(run_of(config), tmp_path, notify=pytest.fail) == 1
     assert not leftover.exists()
 
 
 def test_a_rank_that_is_not_the_first_changes_no_file(config: Config, tmp_path: Path) -> None:
-    run, lines = build_stepped(config), []
+    run, lines = stepped_run(config), []
     save(run, tmp_path, 1)
     save(run, tmp_path, 2)
     remove_file(save(run, tmp_path, 3))
     (tmp_path / "checkpoints" / ".step-00000004.1a2b3c4d.tmp").mkdir()
     before = sorted(tmp_path.rglob("*"))
-    other = build(config)
+    other = run_of(config)
     assert load_latest(other, tmp_path, notify=lines.append, rank=1) == 2
     assert load_latest(other, tmp_path, notify=lines.append, rank=1, at_most=1) == 1
     assert sorted(tmp_path.rglob("*")) == before
@@ -266,7 +266,7 @@ def test_a_rank_that_is_not_the_first_changes_no_file(config: Config, tmp_path: 
 def test_a_run_that_goes_back_keeps_its_memory_and_forgets_later_moments(
     config: Config, tmp_path: Path
 ) -> None:
-    run = build_stepped(config)
+    run = stepped_run(config)
     save(run, tmp_path, 1)
     expected = tensors(run)
     for parameter in run.method.student.parameters():  # the mask token too, for the first time

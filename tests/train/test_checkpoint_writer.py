@@ -15,13 +15,13 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from stepped_runs import (
+from training_case import (
     assert_equal,
-    build,
-    build_stepped,
     run_in_server,
+    run_of,
     save_and_record,
     save_until_killed,
+    stepped_run,
     tensors,
     with_centers,
 )
@@ -57,7 +57,7 @@ def config(tiny_config: Config) -> Config:
 @pytest.fixture(scope="module")
 def server() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["stepped_runs", "torch.utils.tensorboard", "torch._dynamo"])
+    context.set_forkserver_preload(["training_case", "torch.utils.tensorboard", "torch._dynamo"])
     return context
 
 
@@ -101,7 +101,7 @@ def test_files_are_those_that_safetensors_writes(tmp_path: Path) -> None:
 def test_what_is_saved_is_the_run_at_the_call_not_what_it_became(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, other, gate = build_stepped(config), build(config, seed=3), threading.Event()
+    run, other, gate = stepped_run(config), run_of(config, seed=3), threading.Event()
     expected, write = tensors(run), checkpoint_writer.write_hashed
 
     def slow(*args: object) -> str:
@@ -130,7 +130,7 @@ def test_what_is_saved_is_the_run_at_the_call_not_what_it_became(
 def test_a_failed_save_is_told_at_the_next_one_and_the_one_after_works(
     config: Config, tmp_path: Path
 ) -> None:
-    run = build_stepped(config)
+    run = stepped_run(config)
     with CheckpointWriter(tmp_path, keep=2) as writer:
         with largest_file(1000):
             writer.submit(run, 1)
@@ -145,7 +145,7 @@ def test_an_error_of_the_run_is_told_and_the_save_in_the_air_is_finished(
 ) -> None:
     def fail_behind_a_save() -> None:
         with CheckpointWriter(tmp_path, keep=2) as writer:
-            writer.submit(build_stepped(config), 1)
+            writer.submit(stepped_run(config), 1)
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
@@ -158,7 +158,7 @@ def test_an_error_of_the_run_is_told_and_the_save_in_the_air_is_finished(
 def test_one_number_that_is_not_finite_is_found_by_name(
     config: Config, tmp_path: Path, kind: str, value: float
 ) -> None:
-    run = build_stepped(config)
+    run = stepped_run(config)
     weight = run.method.student.backbone.blocks[1].mlp.fc1.weight
     place = {
         "student": weight.data,
@@ -172,7 +172,7 @@ def test_one_number_that_is_not_finite_is_found_by_name(
 
 
 def test_large_finite_numbers_are_no_damage(config: Config, tmp_path: Path) -> None:
-    run = build_stepped(config)
+    run = stepped_run(config)
     run.method.student.backbone.norm.weight.data.fill_(1e30)  # a sum of squares would overflow
     save(run, tmp_path, 1)
 
@@ -211,7 +211,7 @@ def test_a_kill_at_any_call_of_a_save_leaves_whole_checkpoints_and_a_true_pointe
     num_saves = 4  # the last two also remove
     assert run_in_server(server, save_until_killed, config, tmp_path, num_saves, 0) == 0
     num_calls = int((tmp_path / "num_calls").read_text())
-    run, expected = build(config), tensors(build_stepped(config))
+    run, expected = run_of(config), tensors(stepped_run(config))
     for kill_at in range(1, num_calls + 1, max(num_calls // 40, 1)):
         out = tmp_path / str(kill_at)
         out.mkdir()
@@ -243,18 +243,18 @@ def check_a_full_disk(config: Config, folder: Path, error: CheckpointWriteError)
     assert str(folder) not in str(error)
     names = {path.name for path in (folder / "checkpoints").iterdir()}
     assert names == {"latest.json", "step-00000001"}  # nothing half written is left
-    run = build(config)
+    run = run_of(config)
     assert load_latest(run, folder, notify=pytest.fail) == 1
-    assert_equal(tensors(run), tensors(build_stepped(config, seed=1)))
+    assert_equal(tensors(run), tensors(stepped_run(config, seed=1)))
 
 
 def test_a_write_refused_at_any_of_25_points_leaves_the_checkpoint_before(
     config: Config, tmp_path: Path
 ) -> None:
-    first = save(build_stepped(config, seed=1), tmp_path, 1)
+    first = save(stepped_run(config, seed=1), tmp_path, 1)
     largest = max(path.stat().st_size for path in first.iterdir())
     needed = sum(path.stat().st_size for path in first.glob("*.safetensors"))
-    run = build_stepped(config, seed=2)
+    run = stepped_run(config, seed=2)
     for point in range(25):
         with largest_file(largest * point // 25), pytest.raises(CheckpointWriteError) as caught:
             save(run, tmp_path, 2)
@@ -273,10 +273,10 @@ def test_a_disk_full_at_any_of_25_points_leaves_the_checkpoint_before(
     if shutil.which("mount") is None or subprocess.run(mounted, capture_output=True).returncode:
         pytest.skip("no small disk: mounting a tmpfs needs root")
     try:
-        first = save(build_stepped(config, seed=1), disk, 1)
+        first = save(stepped_run(config, seed=1), disk, 1)
         size = sum(path.stat().st_size for path in first.iterdir())
         free = shutil.disk_usage(disk).free
-        run = build_stepped(config, seed=2)
+        run = stepped_run(config, seed=2)
         for point in range(25):
             # A tmpfs counts pages: the last points end between the small files.
             room = size * point // 24 - 4096 if point < 24 else size - 2 * 4096

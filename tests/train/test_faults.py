@@ -1,7 +1,4 @@
-"""Bad numbers stop a step before it writes; poor but honest data does not.
-
-``attempt`` is all that knows how the engine refuses a step.
-"""
+"""Bad numbers stop a step before it writes; poor but honest data does not."""
 
 import dataclasses
 import random
@@ -9,15 +6,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from stepped_runs import build, tensors
 from torch import Tensor, nn
+from training_case import do_step, explained, kept_rows, run_of, tensors
 
 from tapct_fast.config import Config, LossConfig
 from tapct_fast.data.pipeline import ViewBatch
 from tapct_fast.ssl.schedules import StepValues
 from tapct_fast.train.checkpoint import Run
-from tapct_fast.train.guard import RefusedError
-from tapct_fast.train.step import train_step
+from tapct_fast.train.step import MicroBatch
 
 VALUES = StepValues(0.01, 0.01, 0.04, 0.9, 0.05)
 NUM_LOCAL = 2
@@ -41,14 +37,9 @@ def make_batch(seed: int, num_samples: int = 2, *, is_masked: bool = True) -> Vi
 
 def attempt(run: Run, batches: list[ViewBatch]) -> str:
     """Try one step; return why it was refused, empty if it was done."""
-    seeded = [(batch, seed) for seed, batch in enumerate(batches)]
-    try:
-        train_step(
-            run.method, run.optimizer, seeded, VALUES, accumulate=len(batches), clip_norm=3.0
-        )
-    except RefusedError as error:
-        return str(error)
-    return ""
+    kept = [kept_rows(run.config, views, seed) for seed, views in enumerate(batches)]
+    metrics = do_step(run, list(map(MicroBatch, batches, kept)), VALUES)
+    return "" if metrics.is_sound else explained(run, metrics)
 
 
 class Fault:
@@ -104,7 +95,7 @@ def is_called(module: nn.Module, run: Run) -> bool:
     calls: list[int] = []
     handle = module.register_forward_hook(lambda *_: calls.append(1))
     with torch.no_grad():
-        run.method.losses(make_batch(0), teacher_temp=0.05, drop_seed=None)
+        run.method.losses(make_batch(0), teacher_temp=0.05)
     handle.remove()
     return bool(calls)
 
@@ -114,16 +105,18 @@ def is_called(module: nn.Module, run: Run) -> bool:
     "place",
     [Fault.input, Fault.activation, Fault.loss, Fault.gradient, Fault.teacher, Fault.moments],
 )
-def test_a_number_that_is_not_finite_stops_the_step_before_any_bit_changes(
+def test_a_number_that_is_not_finite_skips_the_step_and_changes_no_bit_but_the_counts(
     tiny_config: Config, place: Callable[[Fault, Run, list[ViewBatch]], None], seed: int
 ) -> None:
-    run = build(tiny_config, seed=2)
+    run = run_of(tiny_config, seed=2)
     assert attempt(run, [make_batch(1), make_batch(2)]) == ""
     batches = [make_batch(3), make_batch(4)]
     place(Fault(seed), run, batches)
     before = tensors(run)
     assert "not finite" in attempt(run, batches)
     after = tensors(run)
+    for name in ("skipped", "in_a_row"):
+        assert after.pop(name) == before.pop(name) + 1
     for name, tensor in before.items():
         assert torch.equal(tensor.nan_to_num(123.0), after[name].nan_to_num(123.0)), name
 
@@ -156,7 +149,7 @@ def test_poor_data_gives_finite_losses_and_updates(
     tiny_config: Config, data: Callable[[], list[ViewBatch]], centering: str
 ) -> None:
     losses = dataclasses.replace(LossConfig(koleo_weight=0.1), centering=centering)
-    run = build(dataclasses.replace(tiny_config, losses=losses), seed=2)
+    run = run_of(dataclasses.replace(tiny_config, losses=losses), seed=2)
     before = tensors(run)
     for _ in range(3):
         assert attempt(run, data()) == ""

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from stepped_runs import run_in_server, train_until_killed
+from training_case import run_in_server, train_until_killed
 
 from tapct_fast.config import Config, from_json
 from tapct_fast.data.pipeline import ViewBatch, ViewPipeline
@@ -32,8 +32,10 @@ from tapct_fast.errors import (
     TrainError,
 )
 from tapct_fast.io.store import Store
-from tapct_fast.train.checkpoint import folders, pointed_to, verify
+from tapct_fast.train import loop
+from tapct_fast.train.checkpoint import Run, folders, pointed_to, step_of, verify
 from tapct_fast.train.loop import choose_backend, train, uniform_loss
+from tapct_fast.train.step import StepResult
 
 Loaded = Sequence[tuple[Sample, NDArray[np.int16]]]
 Made = tuple[ViewBatch, torch.cuda.Event | None]
@@ -114,7 +116,7 @@ def test_twenty_kills_at_random_times_leave_a_run_that_repeats_the_uninterrupted
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as this process: threads change the bits of sums
     # A server imports torch once and forks each victim from a process without threads.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["stepped_runs", "torch.utils.tensorboard", "torch._dynamo"])
+    context.set_forkserver_preload(["training_case", "torch.utils.tensorboard", "torch._dynamo"])
     whole = tmp_path / "whole"
     for name in ("warm", "whole"):  # the first victim also waits for the server
         start = time.monotonic()
@@ -308,6 +310,62 @@ def test_a_row_of_skips_goes_back_passes_over_the_data_and_a_resume_repeats_it(
     assert [row["skipped"] for row in log] == [0, 0, 0, 0, 2, 2, 2, 2]
     assert rows(tmp_path / "killed") == log
     assert hashes(tmp_path / "killed", 8) == hashes(tmp_path / "whole", 8)
+
+
+def test_a_weight_that_breaks_in_memory_is_mended_by_going_back(
+    tiny_config: Config, tiny_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guard = dataclasses.replace(tiny_config.guard, skip_budget=2)
+    settings = dataclasses.replace(tiny_config.train, num_steps=8, checkpoint_every=2)
+    config = dataclasses.replace(tiny_config, guard=guard, train=settings)
+    step, calls = loop.train_step, []
+
+    def breaking(run: Run, *args: Any, **kwargs: Any) -> StepResult:
+        calls.append(1)
+        if len(calls) == 6:  # a checkpoint is due behind it
+            run.method.teacher.backbone.norm.weight[3] = torch.inf
+        return step(run, *args, **kwargs)
+
+    monkeypatch.setattr(loop, "train_step", breaking)
+    train(config, tiny_store, tmp_path)
+    assert len(calls) == 7 + 4
+    log = rows(tmp_path)
+    assert [row["step"] for row in log] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert [row["skipped"] for row in log] == [0, 0, 0, 0, 2, 2, 2, 2]
+    assert [step_of(folder) for folder in folders(tmp_path)] == [4, 6, 8]
+
+
+def test_a_signal_that_comes_with_the_last_skip_stops_the_run_behind_its_roll_back(
+    tiny_config: Config, tiny_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guard = dataclasses.replace(tiny_config.guard, skip_budget=1)
+    config = dataclasses.replace(tiny_config, guard=guard)
+    poison(monkeypatch, {4})
+    train(config, tiny_store, tmp_path / "whole")
+    step, calls = loop.train_step, []
+
+    def signalling(*args: Any, **kwargs: Any) -> StepResult:
+        calls.append(1)
+        if len(calls) == 5:  # whether to stop was asked before
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "train_step", signalling)
+        with pytest.raises(StoppedError, match="SIGTERM behind the checkpoint of step 4"):
+            train(config, tiny_store, tmp_path / "asked")
+    train(config, tiny_store, tmp_path / "asked")
+    assert rows(tmp_path / "asked") == rows(tmp_path / "whole")
+    assert hashes(tmp_path / "asked") == hashes(tmp_path / "whole")
+
+
+def test_the_loss_of_a_run_whose_last_step_was_refused_is_that_of_the_step_before(
+    tiny_config: Config, tiny_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(monkeypatch, {5})
+    result = train(tiny_config, tiny_store, tmp_path)
+    assert result.final_loss == rows(tmp_path)[-1]["loss"]
+    assert result.checkpoint.is_dir()
 
 
 def test_skips_that_other_data_does_not_end_stop_the_run(

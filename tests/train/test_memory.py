@@ -1,15 +1,18 @@
 """Allocations that really fail: one line with the way out, and the checkpoint stays."""
 
+import dataclasses
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
 import torch
 
 from tapct_fast.config import TrainConfig
+from tapct_fast.data.pipeline import groups_per_micro_batch
 from tapct_fast.errors import StoppedError, TrainError
 from tapct_fast.train.checkpoint import newest_intact
 from tapct_fast.train.memory import memory_errors
@@ -67,7 +70,7 @@ def test_a_step_that_does_not_fit_is_one_line_and_leaves_the_checkpoint(
     line = found.stderr.strip().splitlines()[-1]
     assert found.returncode == 75, found.stderr
     assert "out of memory on the host: the peak was" in line
-    assert "Micro-batches have 32 samples: start a run with train.accumulate=2" in line
+    assert "have 32 samples: start a run with train.checkpointing=selective. The check" in line
     assert re.search(r"The checkpoint of step [12] is intact", line)
     assert str(tmp_path) not in line
     newest, damaged = newest_intact(out, notify=pytest.fail)
@@ -76,7 +79,7 @@ def test_a_step_that_does_not_fit_is_one_line_and_leaves_the_checkpoint(
 
 
 def test_without_a_checkpoint_another_try_is_not_promised(tmp_path: Path) -> None:
-    config = TrainConfig(batch_size=6, group_size=3, accumulate=2)
+    config = TrainConfig(batch_size=6, group_size=3, accumulate=2, checkpointing="full")
     said = pytest.raises(TrainError, match="smaller views or a smaller model")
     with said as caught, memory_errors(tmp_path, config):
         torch.empty(2**60, dtype=torch.uint8)  # the CPU allocator of torch refuses
@@ -84,6 +87,38 @@ def test_without_a_checkpoint_another_try_is_not_promised(tmp_path: Path) -> Non
     assert "when 1152921504606846976 bytes more were asked for" in str(caught.value)
     with pytest.raises(TrainError, match="out of memory"), memory_errors(tmp_path, config):
         np.empty(2**60, dtype=np.uint8)  # numpy raises a MemoryError
+
+
+@pytest.mark.parametrize(
+    ("checkpointing", "accumulate", "world_size", "way_out"),
+    [
+        ("none", 1, 1, "have 12 samples: start a run with train.checkpointing=selective"),
+        ("selective", 1, 1, "have 12 samples: start a run with train.accumulate=2, or a smaller"),
+        ("full", 2, 1, "have 6 samples: start a run with train.accumulate=3, or a smaller"),
+        ("full", 3, 1, "have 4 samples: start a run with train.accumulate=6, or a smaller"),
+        ("selective", 6, 1, "have 2 samples: start a run with train.checkpointing=full"),
+        ("full", 1, 2, "have 6 samples: start a run with train.accumulate=3, or a smaller"),
+        ("full", 6, 1, "have 2 samples: start a run with smaller views or a smaller model"),
+    ],
+)
+def test_the_way_out_is_what_costs_least_next_and_a_setting_that_is_allowed(
+    tmp_path: Path,
+    checkpointing: Literal["none", "selective", "full"],
+    accumulate: int,
+    world_size: int,
+    way_out: str,
+) -> None:
+    config = TrainConfig(
+        batch_size=12, group_size=2, accumulate=accumulate, checkpointing=checkpointing
+    )
+    with (
+        pytest.raises(TrainError, match=way_out) as caught,
+        memory_errors(tmp_path, config, world_size=world_size),
+    ):
+        raise MemoryError
+    for name, value in re.findall(r"train\.(\w+)=(\w+)", str(caught.value)):
+        setting = int(value) if name == "accumulate" else value
+        groups_per_micro_batch(dataclasses.replace(config, **{name: setting}), world_size)
 
 
 def test_with_a_checkpoint_the_command_is_worth_another_try(tmp_path: Path) -> None:

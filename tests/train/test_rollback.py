@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from stepped_runs import assert_equal, build, tensors
+from training_case import assert_equal, run_of, tensors
 
 from tapct_fast.config import Config, GuardConfig
 from tapct_fast.errors import TrainError
@@ -81,7 +81,7 @@ def train(
 def test_the_data_since_the_checkpoint_is_passed_over_and_nothing_else(
     config: Config, tmp_path: Path, late: int
 ) -> None:
-    run = build(config)
+    run = run_of(config)
     # The checkpoint of step 8 lies within the skips.
     log = train(run, tmp_path, {6, 7, 8}, late=late)
     steps = [(step, position) for step, position, _ in log]
@@ -95,7 +95,7 @@ def test_the_data_since_the_checkpoint_is_passed_over_and_nothing_else(
         "rollbacks": 1,
     }
     # As a run that never saw the window.
-    clean = build(config)
+    clean = run_of(config)
     for position in [*range(4), *range(9, NUM_STEPS + 5)]:
         step_at(clean, position, is_bad=False)
     assert_equal(dict(clean.method.state_dict()), dict(run.method.state_dict()))
@@ -106,28 +106,28 @@ def test_a_run_killed_anywhere_around_a_roll_back_ends_in_the_same_bits(
     config: Config, tmp_path: Path, late: int
 ) -> None:
     bad = {6, 7, 8, 10, 11, 12}  # the second row follows before there is a new checkpoint
-    whole = build(config)
+    whole = run_of(config)
     log = train(whole, tmp_path / "whole", bad, late=late)
     assert int(whole.guard.rollbacks) == 2
     for kill_at in range(2, 21, 3):
         out = tmp_path / str(kill_at)
         with pytest.raises(Killed):
-            train(build(config), out, bad, late=late, kill_at=kill_at)
-        resumed = build(config)
+            train(run_of(config), out, bad, late=late, kill_at=kill_at)
+        resumed = run_of(config)
         tail = train(resumed, out, bad, late=late)
         assert_equal(tensors(resumed), tensors(whole))
         assert tail[-1] == log[-1]
 
 
 def test_fewer_skips_than_the_budget_only_cost_their_steps(config: Config, tmp_path: Path) -> None:
-    run = build(config)
+    run = run_of(config)
     log = train(run, tmp_path, {5, 6, 9}, late=1)
     assert [(step, position) for step, position, _ in log] == [(s, s) for s in range(NUM_STEPS)]
     assert (int(run.guard.skipped), int(run.guard.rollbacks)) == (3, 0)
 
 
 def test_a_refused_step_changes_no_bit_but_the_counts(config: Config) -> None:
-    run = build(config)
+    run = run_of(config)
     step_at(run, 0, is_bad=False)
     before = tensors(run)
     step_at(run, 1, is_bad=True)
@@ -139,27 +139,27 @@ def test_a_refused_step_changes_no_bit_but_the_counts(config: Config) -> None:
 def test_after_the_last_roll_back_the_run_stops_with_its_checkpoint(
     config: Config, tmp_path: Path
 ) -> None:
-    run = build(config)
+    run = run_of(config)
     with pytest.raises(TrainError, match=r"gone back 2 times.*guard\.max_rollbacks") as caught:
         train(run, tmp_path, set(range(6, 100)), late=1)
     assert caught.value.exit_code == 70
     with pytest.raises(TrainError, match="gone back 2 times"):  # no silent loop of requeued jobs
-        train(build(config), tmp_path, set(range(6, 100)), late=1)
+        train(run_of(config), tmp_path, set(range(6, 100)), late=1)
     patient = dataclasses.replace(config, guard=GuardConfig(max_rollbacks=9))
-    run = build(patient)
+    run = run_of(patient)
     train(run, tmp_path, set(range(6, 30)), late=1)
     assert int(run.guard.rollbacks) > 2
-    assert load_latest(build(patient), tmp_path, notify=pytest.fail) == NUM_STEPS
+    assert load_latest(run_of(patient), tmp_path, notify=pytest.fail) == NUM_STEPS
 
 
 def test_without_a_checkpoint_before_the_skips_the_run_stops(
     config: Config, tmp_path: Path
 ) -> None:
     with pytest.raises(TrainError, match="no checkpoint before them"):
-        train(build(config), tmp_path, {0, 1, 2}, late=1)
+        train(run_of(config), tmp_path, {0, 1, 2}, late=1)
 
 
 def test_checkpoints_of_the_course_that_is_left_are_removed(config: Config, tmp_path: Path) -> None:
     with pytest.raises(Killed):  # right after the roll-back from step 9 to step 4
-        train(build(config), tmp_path, {6, 7, 8}, late=0, kill_at=9)
+        train(run_of(config), tmp_path, {6, 7, 8}, late=0, kill_at=9)
     assert [step_of(folder) for folder in folders(tmp_path)] == [4]

@@ -9,15 +9,14 @@ from inspect import signature
 import pytest
 import torch
 from torch import Tensor
-from training_case import clipped_at, do_step, engine_of, kept_rows, run_of
+from training_case import clipped_at, do_step, engine_of, explained, kept_rows, run_of
 
 from tapct_fast.config import Config, HeadsConfig
 from tapct_fast.data.pipeline import ViewBatch
 from tapct_fast.ssl.method import DinoMethod, Losses
 from tapct_fast.ssl.schedules import StepValues, step_values
 from tapct_fast.train.checkpoint import Run
-from tapct_fast.train.guard import explain
-from tapct_fast.train.step import MicroBatch, StepMetrics, train_step
+from tapct_fast.train.step import MicroBatch, train_step
 
 VALUES = StepValues(0.01, 0.01, 0.04, 0.9, 0.05)
 
@@ -185,16 +184,6 @@ def poison_activation(method: DinoMethod) -> None:
 def poison_gradient(method: DinoMethod) -> None:
     weight = method.student.ibot_head.mlp[0].weight
     weight.register_hook(lambda grad: grad.index_fill(0, torch.tensor([1]), torch.nan))
-
-
-def explained(run: Run, metrics: StepMetrics) -> str:
-    return explain(
-        metrics.losses,
-        metrics.grad_norms,
-        voxels=metrics.voxels,
-        networks={"student": run.method.student, "teacher": run.method.teacher},
-        optimizer=run.optimizer,
-    )
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,19 @@
-"""A run built without a store, and one step of it as the loop does it."""
+"""Runs built without a store, one step of them, and processes that die while they save."""
 
 import dataclasses
-from collections.abc import Sequence
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from tapct_fast.config import Config
 from tapct_fast.data.pipeline import ViewBatch
@@ -12,19 +22,136 @@ from tapct_fast.ssl.method import DinoMethod, Kept
 from tapct_fast.ssl.param_groups import build_optimizer, param_groups
 from tapct_fast.ssl.schedules import StepValues
 from tapct_fast.train.checkpoint import Run
-from tapct_fast.train.guard import start_guard
+from tapct_fast.train.checkpoint_writer import CheckpointWriter
+from tapct_fast.train.guard import explain, start_guard
+from tapct_fast.train.loop import train
 from tapct_fast.train.processes import Processes
 from tapct_fast.train.step import Engine, MicroBatch, StepMetrics, build_engine, train_step
 
+# What changes folders, as Python's audit events, and what makes content durable.
+CALLS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir")
 
-def run_of(config: Config, *, seed: int = 2, group_size: int = 0) -> Run:
+
+def run_of(
+    config: Config, *, seed: int = 2, group_size: int = 0, fingerprint: str = "store"
+) -> Run:
     method = DinoMethod(
         config.vit, config.heads, config.losses, hu=config.hu, seed=seed, group_size=group_size
     )
     groups = param_groups(method.student, depth=config.vit.depth, config=config.optim)
     optimizer = build_optimizer(groups, config.optim)
     guard = start_guard(len(list(method.student.children())), "cpu")
-    return Run(method, optimizer, config, "store", "cpu", guard)
+    return Run(method, optimizer, config, fingerprint, "cpu float32", guard)
+
+
+def stepped_run(config: Config, *, seed: int = 0) -> Run:
+    """Return a run after one random update, with a number of its own in every tensor of state."""
+    run = run_of(config, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in run.method.student.named_parameters():
+        if name != "backbone.mask_token":  # never masked: no gradient, no optimizer state
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+    run.optimizer.step()
+    for center in (m for m in run.method.children() if hasattr(m, "center_P")):
+        center.center_P.normal_(generator=generator)
+    for number, tensor in enumerate(run.guard):
+        tensor.fill_(number + seed)
+    return run
+
+
+def tensors(run: Run) -> dict[str, Tensor]:
+    names = {p: n for n, p in run.method.student.named_parameters()}
+    state = {f"{names[p]}.{k}": t for p, s in run.optimizer.state.items() for k, t in s.items()}
+    both = run.method.state_dict() | state | run.guard._asdict()
+    return {k: t.detach().clone() for k, t in both.items()}
+
+
+def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def with_centers(config: Config) -> Config:
+    """Softmax centering adds buffers to the teacher's file."""
+    losses = dataclasses.replace(config.losses, centering="softmax")
+    return dataclasses.replace(config, losses=losses)
+
+
+def explained(run: Run, metrics: StepMetrics) -> str:
+    """Return the cause that the loop tells of a refused step."""
+    return explain(
+        metrics.losses,
+        metrics.grad_norms,
+        voxels=metrics.voxels,
+        networks={"student": run.method.student, "teacher": run.method.teacher},
+        optimizer=run.optimizer,
+    )
+
+
+def run_in_server(context: ForkServerContext, target: Callable[..., None], *args: Any) -> int:
+    """Run ``target`` in a process of its own; return its exit code."""
+    process = context.Process(target=target, args=args)
+    process.start()
+    process.join(60)
+    assert process.exitcode is not None
+    return process.exitcode
+
+
+def save_until_killed(config: Config, folder: Path, num_saves: int, kill_at: int) -> None:
+    """Save, and die at call number ``kill_at`` of the thread that writes."""
+    torch.set_num_threads(1)
+    count = 0
+
+    def audit(event: str, _: tuple[Any, ...]) -> None:
+        nonlocal count
+        if event in CALLS and threading.current_thread().name.startswith("checkpoint"):
+            count += 1
+            if count == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    run = stepped_run(config)
+    sys.addaudithook(audit)
+    with CheckpointWriter(folder, keep=2) as writer:
+        for step in range(1, num_saves + 1):
+            writer.submit(run, step)
+    (folder / "num_calls").write_text(str(count))
+
+
+def save_and_record(config: Config, folder: Path, num_saves: int) -> None:
+    """Save, and write the order of what the writing thread asked of the system."""
+    calls: list[tuple[str, str]] = []
+    fsync = os.fsync
+
+    def noted_fsync(descriptor: int) -> None:
+        calls.append(("fsync", Path(f"/proc/self/fd/{descriptor}").readlink().name))
+        fsync(descriptor)
+
+    def audit(event: str, args: tuple[Any, ...]) -> None:
+        if event == "os.rename":
+            calls.append(("rename", Path(args[1]).name))
+
+    run = stepped_run(config)
+    os.fsync = noted_fsync
+    sys.addaudithook(audit)
+    with CheckpointWriter(folder, keep=2) as writer:
+        for step in range(1, num_saves + 1):
+            calls.append(("save", str(step)))
+            writer.submit(run, step)
+            writer.wait()
+    (folder / "calls.json").write_text(json.dumps(calls))
+
+
+def train_until_killed(config: Config, store: Path, out: Path, after: float | None = None) -> None:
+    """Train, and die ``after`` so many seconds, wherever that is."""
+    torch.set_num_threads(1)
+    if after is not None:
+
+        def die() -> None:
+            time.sleep(after)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        threading.Thread(target=die, daemon=True).start()
+    train(config, store, out)
 
 
 def clipped_at(config: Config, norm: float) -> Config:
