@@ -151,7 +151,7 @@ def _train(args: argparse.Namespace) -> int:
     from tapct_fast.train.processes import started
 
     device, _ = choose_backend(config, args.device)
-    with started(os.environ, device.type) as processes:
+    with started(os.environ, device) as processes:
         observers: list[Observer] = []
         if processes.is_first:
             observers.append(Dashboard(args.out, config))
@@ -641,6 +641,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         # six times its speed (2 cores, one of them busy: 2.5 instead of 15 samples/s in the debug
         # recipe).
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        # torch's C++ warns with a long trace where a process finds another one gone; its error is
+        # told in one line.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if args.verb in ("train", "views"):
         args.settings = rest
     elif args.verb == "bench":
@@ -656,3 +659,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"tapct-fast {args.verb}: interrupted; the same command goes on", file=sys.stderr)
         return 130
     return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -4,7 +4,6 @@ A run is a pure function of config, store and backend: every draw is keyed by (s
 so a run that was killed and started again gives the same losses and weights bit for bit.
 """
 
-import faulthandler
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -29,15 +28,15 @@ from tapct_fast.ssl.method import DinoMethod, Kept
 from tapct_fast.ssl.param_groups import build_optimizer, param_groups
 from tapct_fast.ssl.schedules import StepValues, step_values
 from tapct_fast.train.anchor import make_anchor
-from tapct_fast.train.checkpoint import STATE, Run, has_run, load_latest, tensors_of
-from tapct_fast.train.checkpoint_writer import CheckpointWriter
+from tapct_fast.train.checkpoint import Run, has_run, load_latest
+from tapct_fast.train.checkpoint_writer import CheckpointWriter, gather
 from tapct_fast.train.guard import RefusedError, Verdict, explain, start_guard
 from tapct_fast.train.guide import Guide, load_guide
 from tapct_fast.train.incident import capture
 from tapct_fast.train.log import RunLog, notify
 from tapct_fast.train.memory import memory_errors
 from tapct_fast.train.observer import Observer
-from tapct_fast.train.processes import STEP_TIMEOUT, Processes
+from tapct_fast.train.processes import Processes
 from tapct_fast.train.rollback import must_roll_back, roll_back
 from tapct_fast.train.signals import StopSignals
 from tapct_fast.train.start import Start, read_start, start_from
@@ -301,10 +300,10 @@ def drop_seed(config: Config, position: int, group: int, kind: int) -> int:
 def _resume(run: Run, out_dir: Path, processes: Processes) -> int:
     """Load the newest checkpoint in every process; one of them tidies up the folder."""
     step = load_latest(run, out_dir, notify=notify) if processes.is_first else 0
-    processes.barrier()
-    if processes.is_first:
-        return step
-    return load_latest(run, out_dir, notify=_silent, rank=processes.rank)
+    step = processes.of_first(step)
+    if step and not processes.is_first:
+        load_latest(run, out_dir, notify=_silent, at_most=step, rank=processes.rank)
+    return step
 
 
 class _BudgetSpentError(Exception):
@@ -320,8 +319,7 @@ def _go_back(run: Run, out_dir: Path, spent: _BudgetSpentError, processes: Proce
         tell = notify if rank == 0 else _silent
         return roll_back(run, out_dir, spent.step, spent.verdict, notify=tell, rank=rank)
 
-    step = go(0) if processes.is_first else 0
-    processes.barrier()
+    step = processes.of_first(go(0) if processes.is_first else 0)
     return step if processes.is_first else go(processes.rank)
 
 
@@ -351,6 +349,7 @@ class _Steps:
         self._writer: CheckpointWriter | None = None
         self._waits: list[float] = []
         self._mark = (0.0, 0)  # of the last row: its time and step
+        self._was_anchored = False
         self.last_loss = math.nan
 
     def run_from(self, first: int, *, progress: bool) -> None:
@@ -363,6 +362,7 @@ class _Steps:
         train = self._run.config.train
         shift = int(self._run.guard.passed_over)
         positions = first + shift, train.num_steps + shift
+        self._engine.processes.be_patient(until=first + 1)  # compiles
         self._mark = time.perf_counter(), first
         with ExitStack() as open_parts:
             if self._engine.processes.is_first:
@@ -400,6 +400,7 @@ class _Steps:
             if is_asked and done < train.num_steps:
                 if self._writer is not None:
                     self._writer.wait()
+                self._engine.processes.barrier()
                 by = f" by {stop.received}" if stop.received else ""
                 raise StoppedError(
                     f"stopped{by} behind the checkpoint of step {done}; the same command goes on"
@@ -423,20 +424,22 @@ class _Steps:
             num_steps=config.train.num_steps,
             batch_size=config.train.batch_size,
         )
-        if processes.group is not None:  # where each of them hangs, should one do so
-            faulthandler.dump_traceback_later(STEP_TIMEOUT.total_seconds(), exit=False)
+        processes.step_begins()
         anchor = self._run.method.anchor
+        is_anchored = anchor is not None and anchor_step(anchor.config, step) is not None
         if anchor is not None:
             anchor.refresh(self._run.method.teacher.backbone, step)
+        if is_anchored and not self._was_anchored:  # compiled anew
+            processes.be_patient(until=step + 1)
+        self._was_anchored = is_anchored
         result = train_step(
             self._run,
             batches,
             values,
             self._engine,
-            is_anchored=anchor is not None and anchor_step(anchor.config, step) is not None,
+            is_anchored=is_anchored,
             is_asked=is_asked,
         )
-        processes.steps_began()
         return values, result
 
     def _is_logged(self, done: int) -> bool:
@@ -446,7 +449,7 @@ class _Steps:
     def _settle(self, done: int, values: StepValues, result: StepResult) -> bool:
         """Read a step and say whether a process was asked to stop during it."""
         metrics = result.read()
-        faulthandler.cancel_dump_traceback_later()
+        self._engine.processes.step_ends(done)
         self.last_loss = metrics.losses["total"]
         if not metrics.is_sound:
             self._refuse(done, metrics)
@@ -466,15 +469,18 @@ class _Steps:
     def _refuse(self, done: int, metrics: StepMetrics) -> None:
         """Record a step that did not update."""
         run, config = self._run, self._run.config
+        processes = self._engine.processes
+        processes.be_patient(until=done + 2)  # one step may be under way
+        cause = explain(
+            metrics.losses,
+            metrics.grad_norms,
+            voxels=metrics.voxels,
+            networks={"student": run.method.student, "teacher": run.method.teacher},
+            optimizer=run.optimizer,
+            mean=processes.mean,
+        )
         if self._writer is not None:
             self._writer.wait()
-            cause = explain(
-                metrics.losses,
-                metrics.grad_norms,
-                voxels=metrics.voxels,
-                networks={"student": run.method.student, "teacher": run.method.teacher},
-                optimizer=run.optimizer,
-            )
             notify(f"step {done} was skipped: {cause}")
             position = done - 1 + int(run.guard.passed_over)
             capture(
@@ -519,12 +525,13 @@ class _Steps:
         self._waits.clear()
 
     def _save(self, done: int) -> None:
+        # The others wait in their next step while the first one finishes an earlier save.
+        self._engine.processes.be_patient(until=done + 1)
         if self._writer is not None and self._log is not None:
             self._log.sync()
             self._writer.submit(self._run, done)
         elif self._engine.processes.is_sharded:
-            for kind in STATE:  # all of them gather the shards
-                tensors_of(self._run, kind)
+            gather(self._run)
 
     def _tell_saved(self, step: int, folder: Path) -> None:
         for observer in self._observers:

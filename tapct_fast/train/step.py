@@ -22,6 +22,7 @@ from tapct_fast.ssl.health import Evidence
 from tapct_fast.ssl.method import DinoMethod, Encoded, Kept, Losses, StepTargets, Targets
 from tapct_fast.ssl.param_groups import set_step_values
 from tapct_fast.ssl.schedules import StepValues
+from tapct_fast.ssl.shards import whole
 from tapct_fast.train.checkpoint import Run
 from tapct_fast.train.guard import Verdict, judge, moments_finite
 from tapct_fast.train.processes import Processes
@@ -173,11 +174,13 @@ def train_step(
         sums = parts if not sums else [a + b for a, b in zip(sums, parts, strict=True)]
 
     asked = torch.full_like(sums[0], float(is_asked))
-    means = processes.mean(torch.stack([*sums, asked]))
+    moments = moments_finite(optimizer).to(asked.dtype)
+    *parts, moments = processes.mean(torch.stack([*sums, asked, moments]))
+    means = torch.stack(parts)
     processes.reduce_gradients(student.parameters())
     norms = torch.stack(
         [
-            processes.whole(nn.utils.clip_grad_norm_(part.parameters(), run.config.optim.clip_norm))
+            whole(nn.utils.clip_grad_norm_(part.parameters(), run.config.optim.clip_norm))
             for part in student.children()
         ]
     )
@@ -187,11 +190,11 @@ def train_step(
         means[: len(Losses._fields)],
         norms,
         run.config.guard,
-        is_sound=means.isfinite().all() & moments_finite(optimizer),
+        is_sound=means.isfinite().all() & (moments == 1),
     )
     for old, new in zip(run.guard, state, strict=True):
         old.copy_(new)
-    _update(run, values, is_sound, targets, engine)
+    _update(run, values, is_sound, targets)
     verdict = torch.stack([is_sound, run.guard.skipped, run.guard.in_a_row])
     return StepResult(
         torch.cat([means, verdict.to(means.dtype), norms]),
@@ -203,20 +206,13 @@ def train_step(
     )
 
 
-def _update(
-    run: Run, values: StepValues, is_sound: Tensor, targets: StepTargets, engine: Engine
-) -> None:
+def _update(run: Run, values: StepValues, is_sound: Tensor, targets: StepTargets) -> None:
     """Update student, teacher and centers; nothing changes where ``is_sound`` holds False."""
     method, optimizer = run.method, run.optimizer
     set_step_values(optimizer, values)
-    if engine.processes.is_sharded:  # its kernel takes no flag beside shards
-        if not is_sound:
-            return
-        optimizer.step()
-    else:
-        # What a gradient scaler sets: the fused kernel then writes nothing.
-        optimizer.found_inf = (~is_sound).float()  # type: ignore[attr-defined]
-        optimizer.step()
+    # What a gradient scaler sets: the fused kernel then writes nothing.
+    optimizer.found_inf = (~is_sound).float()  # type: ignore[attr-defined]
+    optimizer.step()
     update_teacher(method.teacher, method.student, values.momentum, is_sound)
     for center, mean_P in zip(method.centers, targets.mean_logits, strict=False):
         center.move(mean_P, is_sound)
