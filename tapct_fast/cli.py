@@ -158,7 +158,7 @@ def _train(args: argparse.Namespace) -> int:
     from tapct_fast.train.processes import started
 
     device, _ = choose_backend(config, args.device)
-    with started(os.environ, device.type) as processes:
+    with started(os.environ, device) as processes:
         observers: list[Observer] = []
         if processes.is_first:
             observers.append(Dashboard(args.out, config))
@@ -682,6 +682,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         # six times its speed (2 cores, one of them busy: 2.5 instead of 15 samples/s in the debug
         # recipe).
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        # torch's C++ warns with a long trace where a process finds another one gone; its error is
+        # told in one line.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if args.verb in ("train", "views"):
         args.settings = rest
     elif args.verb == "bench":

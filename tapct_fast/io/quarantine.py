@@ -1,7 +1,10 @@
 """Scans that could not be used: listed with field and reason, never by path."""
 
+import contextlib
+import errno
+import fcntl
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +15,8 @@ from tapct_fast.io.read import read_volume
 from tapct_fast.io.volume import Volume
 
 QUARANTINE_FILE = "quarantine.jsonl"
+_LOCK_FILE = ".quarantine.lock"
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 class Refusal(NamedTuple):
@@ -41,15 +46,33 @@ def read_or_refuse(
 
 
 def write_quarantine(directory: Path, tried: Iterable[str], refused: Sequence[Refusal]) -> None:
-    """Replace the entries of the cases that were tried; entries of other cases stay."""
+    """Replace the entries of the cases that were tried; entries of other cases stay.
+
+    Processes that share ``directory`` take turns.
+    """
     path = directory / QUARANTINE_FILE
-    try:
-        rows = [Refusal(**json.loads(line)) for line in path.read_text().splitlines()]
-    except (FileNotFoundError, ValueError, TypeError):
-        rows = []  # a damaged list is no loss: what it named is tried again with its source
-    tried = set(tried)
-    rows = [*(row for row in rows if row.case not in tried), *refused]
-    write_atomic(path, "".join(json.dumps(row._asdict()) + "\n" for row in rows).encode())
+    with _locked(directory / _LOCK_FILE):
+        try:
+            rows = [Refusal(**json.loads(line)) for line in path.read_text().splitlines()]
+        except (FileNotFoundError, ValueError, TypeError):
+            rows = []  # a damaged list is no loss: what it named is tried again with its source
+        tried = set(tried)
+        rows = [*(row for row in rows if row.case not in tried), *refused]
+        write_atomic(path, "".join(json.dumps(row._asdict()) + "\n" for row in rows).encode())
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a lock between processes, which the system takes back from one that dies."""
+    with path.open("w") as file:  # not the folder: NFS locks only what is open for writing
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            # Some cluster file systems are mounted without locks: two processes may then lose a
+            # line of each other's, which the next one to read that case writes again.
+            if error.errno not in _NO_LOCKS:
+                raise
+        yield
 
 
 def last_refusal(directory: Path) -> FormatError:

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from tapct_fast.ssl.shards import local
+
 
 @torch.no_grad()
 def update_teacher(
@@ -13,8 +15,8 @@ def update_teacher(
     Both modules have the same parameters in the same order. A momentum of 1 changes no bit, nor
     does an ``is_sound`` that holds False.
     """
-    averages: list[Tensor] = list(teacher.parameters())
-    values: list[Tensor] = list(student.parameters())
+    averages: list[Tensor] = [local(parameter) for parameter in teacher.parameters()]
+    values: list[Tensor] = [local(parameter) for parameter in student.parameters()]
     if is_sound is None:
         torch._foreach_lerp_(averages, values, weight=1 - momentum)
         return

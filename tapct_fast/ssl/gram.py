@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tapct_fast.config import GramConfig, HuConfig, VitConfig, Zyx
 from tapct_fast.model.vit import Vit
+from tapct_fast.ssl.shards import whole
 
 
 def gram_loss(student_NLD: Tensor, anchor_NLD: Tensor) -> Tensor:
@@ -108,7 +109,7 @@ class Anchor(nn.Module):
         """Copy the teacher if it anchors from ``step`` on, in place; call before each step."""
         if anchor_step(self.config, step) == step:
             for own, new in zip(self.backbone.parameters(), teacher.parameters(), strict=True):
-                own.copy_(new)
+                own.copy_(whole(new))
 
     @torch.no_grad()
     def patches(self, views_NCZYX: Tensor) -> Tensor:

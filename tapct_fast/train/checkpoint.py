@@ -14,7 +14,7 @@
 
 The folder takes its name when all of it is on the disk and was read back; then
 ``checkpoints/latest.json`` names it. One that fails its hashes is renamed to ``.damaged`` and the
-one before it is used. Tensors are whole, so another number of ranks reads them. Nothing is pickled.
+one before it is used. Tensors are whole, for any number of processes. Nothing is pickled.
 """
 
 import json
@@ -34,6 +34,7 @@ from tapct_fast.config import Config, flatten, to_json
 from tapct_fast.errors import CheckpointError, CheckpointWriteError, FormatError
 from tapct_fast.io.atomic import read_json, remove_folder, sha256_file, write_json
 from tapct_fast.ssl.method import DinoMethod
+from tapct_fast.ssl.shards import fill, like
 from tapct_fast.train.guard import GuardState
 
 FORMAT = "tapct-checkpoint"
@@ -43,8 +44,9 @@ LATEST = "latest.json"
 _GUARD = "guard."
 _BESIDE = ("dino_center.", "ibot_center.", "anchor.")
 # How fast a run is, and when it gives up, never what a healthy step computes: a resume may change
-# these.
+# these. So it may change how a step is dealt out, which only rounds otherwise.
 _FREE = ("train.num_workers", "train.read_timeout", _GUARD)
+_DEALT = ("train.accumulate", "train.parallel")
 
 
 class DamagedError(CheckpointError):
@@ -271,7 +273,7 @@ def environment(run: Run) -> dict[str, Any]:
 
 
 def tensors_of(run: Run, kind: str) -> dict[str, Tensor]:
-    """Return the live tensors of one file by name."""
+    """Return the live tensors of one file by name; they may be spread over processes."""
     method = run.method
     if kind == "student":
         return dict(method.student.state_dict())
@@ -293,7 +295,7 @@ def _load(run: Run, folder: Path) -> None:
         live = tensors_of(run, kind)
         assert live.keys() == loaded[kind].keys(), f"{kind}: equal configs have equal tensors"
         for name, tensor in live.items():
-            tensor.copy_(loaded[kind][name])
+            fill(tensor, loaded[kind][name])
     for name, tensor in run.guard._asdict().items():
         tensor.copy_(loaded["optimizer"].pop(_GUARD + name))
     moments: dict[str, dict[str, Tensor]] = {}
@@ -307,7 +309,9 @@ def _load(run: Run, folder: Path) -> None:
         held = run.optimizer.state[parameter]
         for field, tensor in moments[name].items():
             if field in held:  # in place: a captured graph holds these addresses
-                held[field].copy_(tensor)
+                fill(held[field], tensor)
+            elif tensor.shape == parameter.shape:
+                held[field] = like(tensor, parameter)
             else:
                 held[field] = tensor.to(parameter.device)
 
@@ -318,7 +322,9 @@ def _check_same_run(
     old = flatten(read_json(folder / "config.json", "checkpoint config"))
     new = flatten(json.loads(to_json(run.config)))
     for name in [*new, *old]:
-        if not name.startswith(_FREE) and old.get(name, "absent") != new.get(name, "absent"):
+        if not name.startswith((*_FREE, *_DEALT)) and old.get(name, "absent") != new.get(
+            name, "absent"
+        ):
             raise CheckpointError(
                 f"the run to resume has {name} = {old.get(name, 'absent')}, now it is "
                 f"{new.get(name, 'absent')}; give the old setting, or another --out for a new run"
@@ -335,6 +341,8 @@ def _check_same_run(
                 f"{option}, or another --out for a new run"
             )
     before, now = state.get("environment", {}), environment(run)
+    before |= {name: old.get(name) for name in _DEALT}
+    now |= {name: new.get(name) for name in _DEALT}
     changed = [f"{k} {before.get(k)} -> {v}" for k, v in now.items() if before.get(k) != v]
     if changed:
         notify(f"resuming, but not bit for bit: {', '.join(changed)}")

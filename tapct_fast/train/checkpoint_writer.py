@@ -18,10 +18,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from tapct_fast.config import to_json
 from tapct_fast.errors import CheckpointWriteError, TrainError
 from tapct_fast.io.atomic import atomic_folder, remove_folder, write_hashed, write_json
+from tapct_fast.ssl.shards import whole
 from tapct_fast.train.checkpoint import (
     STATE,
     DamagedError,
@@ -67,8 +69,7 @@ class HostCopy:
 
     def take(self, tensors: dict[str, Tensor]) -> bool:
         """Copy; True if a part is only there when the current CUDA stream has come so far."""
-        # Widest first, so that each one is aligned; safetensors orders them so too.
-        names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+        names = _in_order(tensors)
         entries: dict[str, dict[str, Any]] = {}
         end = 0
         for name in names:
@@ -85,12 +86,16 @@ class HostCopy:
         is_cuda = any(tensor.is_cuda for tensor in tensors.values())
         if self.data_N.numel() != end:
             self.data_N = torch.empty(end, dtype=torch.uint8, pin_memory=is_cuda)
+        here = {name: t for name, t in tensors.items() if not isinstance(t, DTensor)}
+        self._finite = _finite(here, is_cuda)
         for name in names:
             tensor = tensors[name].detach()
+            if name not in here:  # one after the other: no device has room for all of them
+                tensor = whole(tensor)
+                self._finite += _finite({name: tensor}, is_cuda)
             start, end = entries[name]["data_offsets"]
             room = self.data_N[start:end].view(tensor.dtype).view(tensor.shape)
             room.copy_(tensor, non_blocking=True)
-        self._finite = _finite(tensors, is_cuda)
         return is_cuda
 
     def first_not_finite(self) -> str | None:
@@ -100,6 +105,19 @@ class HostCopy:
             if bad:
                 return bad[0]
         return None
+
+
+def _in_order(tensors: dict[str, Tensor]) -> list[str]:
+    # Widest first, so that each one is aligned; safetensors orders them so too.
+    return sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+
+
+def gather(run: Run) -> None:
+    """Send the shards of this process to the one that submits the run at the same time."""
+    for kind in STATE:
+        tensors = tensors_of(run, kind)
+        for name in _in_order(tensors):
+            whole(tensors[name])
 
 
 def _finite(tensors: dict[str, Tensor], is_cuda: bool) -> list[tuple[list[str], Tensor]]:

@@ -12,7 +12,7 @@ costs one clipped update is better than a healthy step that is refused.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from tapct_fast.config import GuardConfig
 from tapct_fast.errors import TrainError
+from tapct_fast.ssl.shards import local
 
 MEMORY = 100  # accepted steps over which means run
 _LEAST_NORM = 1e-3  # a head that had no tokens so far has a mean of zero
@@ -108,8 +109,11 @@ def each_finite(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def all_finite(tensors: Iterable[Tensor]) -> Tensor:
-    """Return on the device whether every number of floating-point ``tensors`` is finite."""
-    return each_finite(list(tensors)).all()
+    """Return on the device whether every number of floating-point ``tensors`` is finite.
+
+    Of shards, this looks at those of this process.
+    """
+    return each_finite([local(tensor) for tensor in tensors]).all()
 
 
 class RefusedError(TrainError):
@@ -130,8 +134,11 @@ def explain(
     voxels: float,
     networks: Mapping[str, nn.Module],
     optimizer: torch.optim.Optimizer,
+    mean: Callable[[Tensor], Tensor] | None = None,
 ) -> str:
     """Say in plain words why a step was refused; the host reads weights, so only then.
+
+    All processes call this together: each looks at its shards.
 
     Args:
         losses: Of the step.
@@ -139,13 +146,16 @@ def explain(
         voxels: Finite if and only if every voxel of the views is.
         networks: Student and teacher by name.
         optimizer: Its moments are looked at.
+        mean: Over the processes; None for one.
     """
     named = {f"loss {name}": value for name, value in losses.items()}
     named |= {f"gradient of the {name}": value for name, value in grad_norms.items()}
     bad = [name for name, value in named.items() if not math.isfinite(value)]
-    damaged = [f"weights of {k}" for k, m in networks.items() if not all_finite(m.parameters())]
-    if not all_finite(_moments(optimizer)):
-        damaged.append("moments of the optimizer")
+    looked_at = {f"weights of {name}": all_finite(m.parameters()) for name, m in networks.items()}
+    looked_at["moments of the optimizer"] = moments_finite(optimizer)
+    shares = torch.stack([*looked_at.values()]).float()
+    shares = shares if mean is None else mean(shares)
+    damaged = [name for name, share in zip(looked_at, shares.tolist(), strict=True) if share < 1]
     if not math.isfinite(voxels):
         bad = bad or ["views"]
         cause = "the views hold NaN or infinity; check the settings under hu and views"
@@ -169,6 +179,7 @@ def explain(
 def moments_finite(optimizer: torch.optim.Optimizer) -> Tensor:
     """Return on the device whether the optimizer's moments are finite; True before any step.
 
+    Of shards, this looks at those of this process.
     Losses and gradients do not show a damaged moment, yet the next update would spread it.
     """
     return all_finite(_moments(optimizer))

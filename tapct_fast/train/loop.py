@@ -5,7 +5,6 @@ so a run that was killed and started again gives the same losses and weights bit
 """
 
 import dataclasses
-import faulthandler
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -30,15 +29,15 @@ from tapct_fast.ssl.method import DinoMethod, Kept
 from tapct_fast.ssl.param_groups import build_optimizer, param_groups
 from tapct_fast.ssl.schedules import StepValues, step_values
 from tapct_fast.train.anchor import make_anchor
-from tapct_fast.train.checkpoint import STATE, Run, has_run, load_latest, tensors_of
-from tapct_fast.train.checkpoint_writer import CheckpointWriter
+from tapct_fast.train.checkpoint import Run, has_run, load_latest
+from tapct_fast.train.checkpoint_writer import CheckpointWriter, gather
 from tapct_fast.train.guard import RefusedError, Verdict, explain, start_guard
 from tapct_fast.train.guide import Guide, load_guide
 from tapct_fast.train.incident import capture, forget_later, record_rollback
 from tapct_fast.train.log import RunLog, notify
 from tapct_fast.train.memory import memory_errors
 from tapct_fast.train.observer import Observer
-from tapct_fast.train.processes import STEP_TIMEOUT, Processes
+from tapct_fast.train.processes import Processes
 from tapct_fast.train.rollback import must_roll_back, roll_back
 from tapct_fast.train.signals import StopSignals
 from tapct_fast.train.start import Start, read_start, start_from
@@ -339,10 +338,10 @@ def _resume(run: Run, out_dir: Path, processes: Processes) -> int:
     if processes.is_first:
         step = load_latest(run, out_dir, notify=notify)
         forget_later(out_dir, run)
-    processes.barrier()
-    if processes.is_first:
-        return step
-    return load_latest(run, out_dir, notify=_silent, rank=processes.rank)
+    step = processes.of_first(step)
+    if step and not processes.is_first:
+        load_latest(run, out_dir, notify=_silent, at_most=step, rank=processes.rank)
+    return step
 
 
 class _BudgetSpentError(Exception):
@@ -362,7 +361,7 @@ def _go_back(run: Run, out_dir: Path, spent: _BudgetSpentError, processes: Proce
     if processes.is_first:
         step = go(0)
         record_rollback(out_dir, run, step=spent.step, target=step)
-    processes.barrier()
+    step = processes.of_first(step)
     return step if processes.is_first else go(processes.rank)
 
 
@@ -405,6 +404,7 @@ class _Steps:
         train = self._run.config.train
         shift = int(self._run.guard.passed_over)
         positions = first + shift, train.num_steps + shift
+        self._engine.processes.be_patient(until=first + 1)  # compiles
         self._mark = time.perf_counter(), first
         with ExitStack() as open_parts:
             if self._engine.processes.is_first:
@@ -449,6 +449,7 @@ class _Steps:
             if metrics.is_asked and done < train.num_steps:
                 if self._writer is not None:
                     self._writer.wait()
+                self._engine.processes.barrier()
                 by = f" by {stop.received}" if stop.received else ""
                 raise StoppedError(
                     f"stopped{by} behind the checkpoint of step {done}; the same command goes on"
@@ -466,11 +467,11 @@ class _Steps:
         for micro, (views, seconds) in enumerate(islice(stream, config.train.accumulate)):
             self._waits.append(seconds)
             batches.append(micro_batch(config, position, self._pipeline.groups(micro), views))
-        if processes.group is not None:  # where each of them hangs, should one do so
-            faulthandler.dump_traceback_later(STEP_TIMEOUT.total_seconds(), exit=False)
-        taken = take_step(self._run, batches, step, self._engine, is_asked=is_asked)
-        processes.steps_began()
-        return taken
+        processes.step_begins()
+        gram = config.gram
+        if gram is not None and step == gram.start_step:  # another graph
+            processes.be_patient(until=step + 1)
+        return take_step(self._run, batches, step, self._engine, is_asked=is_asked)
 
     def _is_logged(self, done: int) -> bool:
         train = self._run.config.train
@@ -479,7 +480,7 @@ class _Steps:
     def _settle(self, done: int, values: StepValues, result: StepResult) -> StepMetrics:
         """Read a step and log it or record its refusal."""
         metrics = result.read()
-        faulthandler.cancel_dump_traceback_later()
+        self._engine.processes.step_ends(done)
         if metrics.is_sound:
             self.last_loss = metrics.losses["total"]
         else:
@@ -500,15 +501,18 @@ class _Steps:
     def _refuse(self, done: int, metrics: StepMetrics) -> None:
         """Record a step that did not update."""
         run, config = self._run, self._run.config
+        processes = self._engine.processes
+        processes.be_patient(until=done + 2)  # one step may be under way
+        cause = explain(
+            metrics.losses,
+            metrics.grad_norms,
+            voxels=metrics.voxels,
+            networks={"student": run.method.student, "teacher": run.method.teacher},
+            optimizer=run.optimizer,
+            mean=processes.mean,
+        )
         if self._writer is not None:
             self._writer.wait()
-            cause = explain(
-                metrics.losses,
-                metrics.grad_norms,
-                voxels=metrics.voxels,
-                networks={"student": run.method.student, "teacher": run.method.teacher},
-                optimizer=run.optimizer,
-            )
             notify(f"step {done} was skipped: {cause}")
             position = done - 1 + int(run.guard.passed_over)
             capture(
@@ -552,12 +556,13 @@ class _Steps:
         self._waits.clear()
 
     def _save(self, done: int) -> None:
+        # The others wait in their next step while the first one finishes an earlier save.
+        self._engine.processes.be_patient(until=done + 1)
         if self._writer is not None and self._log is not None:
             self._log.sync()
             self._writer.submit(self._run, done)
         elif self._engine.processes.is_sharded:
-            for kind in STATE:  # all of them gather the shards
-                tensors_of(self._run, kind)
+            gather(self._run)
 
     def _tell_saved(self, step: int, folder: Path) -> None:
         for observer in self._observers:

@@ -22,6 +22,7 @@ from tapct_fast.ssl.health import Evidence
 from tapct_fast.ssl.method import DinoMethod, Encoded, Kept, Losses, StepTargets, Targets
 from tapct_fast.ssl.param_groups import set_step_values
 from tapct_fast.ssl.schedules import StepValues
+from tapct_fast.ssl.shards import whole
 from tapct_fast.train.checkpoint import Run
 from tapct_fast.train.guard import Verdict, judge, moments_finite
 from tapct_fast.train.processes import Processes
@@ -133,9 +134,7 @@ def build_engine(
         if config.compile == "cuda-graphs":
             options["mode"] = "reduce-overhead"
         encode, losses = torch.compile(encode, **options), torch.compile(losses, **options)
-    # The fused AdamW takes no flag beside shards.
-    waits = device.type == "cpu" or processes.is_sharded
-    return Engine(encode, losses, dtype, processes, waits)
+    return Engine(encode, losses, dtype, processes, waits=device.type == "cpu")
 
 
 def train_step(
@@ -176,14 +175,16 @@ def train_step(
         sums = parts if not sums else [a + b for a, b in zip(sums, parts, strict=True)]
 
     asked = torch.full_like(sums[0], float(is_asked))
-    means = processes.mean(torch.stack([*sums, asked]))
+    moments = moments_finite(optimizer).to(asked.dtype)
+    *parts, moments = processes.mean(torch.stack([*sums, asked, moments]))
+    means = torch.stack(parts)
     processes.reduce_gradients(student.parameters())
     norms = torch.stack(
         [
             # Without a gradient, as an iBOT head has where no token is masked, it is on the host.
-            processes.whole(
-                nn.utils.clip_grad_norm_(part.parameters(), run.config.optim.clip_norm)
-            ).to(means.device)
+            whole(nn.utils.clip_grad_norm_(part.parameters(), run.config.optim.clip_norm)).to(
+                means.device
+            )
             for part in student.children()
         ]
     )
@@ -193,11 +194,11 @@ def train_step(
         means[: len(Losses._fields)],
         norms,
         run.config.guard,
-        is_sound=means.isfinite().all() & moments_finite(optimizer),
+        is_sound=means.isfinite().all() & (moments == 1),
     )
     for old, new in zip(run.guard, state, strict=True):
         old.copy_(new)
-    _update(run, values, is_sound, targets, engine)
+    _update(run, values, is_sound, targets, waits=engine.waits)
     verdict = torch.stack([is_sound, run.guard.skipped, run.guard.in_a_row])
     return StepResult(
         torch.cat([means, verdict.to(means.dtype), norms]),
@@ -210,21 +211,19 @@ def train_step(
 
 
 def _update(
-    run: Run, values: StepValues, is_sound: Tensor, targets: StepTargets, engine: Engine
+    run: Run, values: StepValues, is_sound: Tensor, targets: StepTargets, *, waits: bool
 ) -> None:
     """Update student, teacher and centers; nothing changes where ``is_sound`` holds False."""
     method, optimizer = run.method, run.optimizer
     set_step_values(optimizer, values)
-    if engine.waits:
+    if waits:
         if not is_sound:
             return
     else:
         # What a gradient scaler sets: where it holds 1 the fused kernel writes nothing.
         optimizer.found_inf = (~is_sound).float()  # type: ignore[attr-defined]
     optimizer.step()
-    update_teacher(
-        method.teacher, method.student, values.momentum, None if engine.waits else is_sound
-    )
+    update_teacher(method.teacher, method.student, values.momentum, None if waits else is_sound)
     for center, mean_P in zip(method.centers, targets.mean_logits, strict=False):
         center.move(mean_P, is_sound)
 
