@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.distributed_c10d import Store
+from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.rendezvous import rendezvous
 
@@ -171,10 +171,12 @@ def started(environment: Mapping[str, str], device: torch.device) -> Iterator[Pr
     backend = "nccl" if device.type == "cuda" else "gloo"
     try:
         store, _, _ = next(rendezvous("env://", rank, world_size, timeout=LONG))
+        # torchrun keeps its store when it starts all of them anew, with the addresses of the dead.
+        store = PrefixStore(environment.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         dist.init_process_group(
             backend, store=store, rank=rank, world_size=world_size, timeout=LONG
         )
-    except (dist.DistError, ValueError) as error:
+    except (RuntimeError, ValueError) as error:  # gloo raises it plainly
         raise TrainError(
             f"process {rank} of {world_size} did not find the others: {_reason(error)}; start "
             "with torchrun, or set MASTER_ADDR and MASTER_PORT alike for all"

@@ -44,12 +44,17 @@ def start_server() -> ForkServerContext:
 
 
 def start(
-    context: ForkServerContext, target: Callable[..., None], world_size: int, *args: Any
+    context: ForkServerContext,
+    target: Callable[..., None],
+    world_size: int,
+    *args: Any,
+    port: int | None = None,
 ) -> list[ForkServerProcess]:
     """Start ``target(*args, rank, world_size, port)`` for every rank."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
+    if port is None:
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            port = listener.getsockname()[1]
     processes = [
         context.Process(target=target, args=(*args, rank, world_size, port))
         for rank in range(world_size)
@@ -93,9 +98,14 @@ def train_together(
 ) -> None:
     """Be one process of a run, as the command line is; its stderr is a file beside the run.
 
-    ``arguments`` are those of ``train``, and a ``fault`` or a ``short`` patience in seconds.
+    ``arguments`` are those of ``train``, and a ``fault``, a ``short`` patience in seconds, or the
+    number of an ``attempt`` for which torchrun keeps the store.
     """
     arguments = dict(arguments)
+    attempt = arguments.pop("attempt", None)
+    if attempt is not None:
+        os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+        os.environ["TORCHELASTIC_RESTART_COUNT"] = str(attempt)
     fault, short = arguments.pop("fault", None), arguments.pop("short", None)
     if fault is not None and fault.rank == rank:
         _go_wrong(fault)

@@ -34,6 +34,7 @@ from shared_runs import (
     train_together,
     wait_for_step,
 )
+from torch.distributed import TCPStore
 
 from tapct_fast.config import Config, GramConfig
 from tapct_fast.data.pipeline import ViewPipeline
@@ -286,6 +287,21 @@ def test_kills_of_either_process_leave_a_run_that_repeats_the_uninterrupted_one_
     assert share(server, 2, config, tiny_store, out) == [0, 0]
     assert rows(out) == rows(whole)
     assert hashes(out) == hashes(whole)
+
+
+def test_processes_that_are_started_anew_beside_the_same_store_find_each_other(
+    server: ForkServerContext, config: Config, tiny_store: Path, tmp_path: Path, alone: Path
+) -> None:
+    agent = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torchrun's
+    out = tmp_path / "run"
+    ends = []
+    for attempt in range(2):
+        fault = Fault(rank=1, positions=(4,) if attempt == 0 else (), is_fatal=True)
+        arguments = {"attempt": attempt, "fault": fault}
+        job = start(server, train_together, 2, config, tiny_store, out, arguments, port=agent.port)
+        ends.append(codes(job))
+    assert ends == [[70, 65], [0, 0]]
+    assert_close(out, alone)
 
 
 @pytest.mark.parametrize("victim", [0, 1])
