@@ -348,7 +348,8 @@ class TrainConfig:
     group_size: int = 8  # samples that share masks, drop path's rows and KoLeo's neighbours
     accumulate: int = 1  # micro-batches per step and process
     seed: int = 0
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where the device has it
+    # auto: bf16 where the device has it; fp8: bf16, and float8 in the linear layers of blocks
+    precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
     compile: Literal["auto", "on", "off", "cuda-graphs"] = "auto"  # auto: on with CUDA
     checkpointing: Literal["none", "selective", "full"] = "none"  # activations computed twice
     parallel: Literal["ddp", "fsdp"] = "ddp"  # with several processes: copies or shards
@@ -407,6 +408,12 @@ class Config:
                 f"views.{name}.size_zyx={size_zyx} is not a multiple of "
                 f"vit.patch_zyx={self.vit.patch_zyx}",
             )
+        _require(
+            self.train.precision != "fp8" or self.vit.dim % 16 == self.vit.mlp_dim % 16 == 0,
+            f"train.precision=fp8 multiplies widths that are multiples of 16, not vit.dim="
+            f"{self.vit.dim} with a hidden width of {self.vit.mlp_dim}; change vit.dim or "
+            "vit.mlp_ratio, or use train.precision=bf16",
+        )
 
 
 Node = TypeVar("Node")

@@ -208,7 +208,7 @@ def _keep_products() -> tuple[Any, Any]:
     """Return the contexts of a checkpoint that stores what products and attention gave."""
     aten = torch.ops.aten
     kept = [
-        *(aten.mm.default, aten.addmm.default),
+        *(aten.mm.default, aten.addmm.default, aten._scaled_mm.default),
         aten._scaled_dot_product_flash_attention.default,
         aten._scaled_dot_product_flash_attention_for_cpu.default,
         aten._scaled_dot_product_cudnn_attention.default,

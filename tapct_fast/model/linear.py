@@ -28,6 +28,7 @@ def _fuses(x_ND: Tensor, linear: nn.Linear) -> bool:
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_exporting()
         and type(linear) is nn.Linear
+        and "forward" not in vars(linear)  # float8
         and not (linear._forward_hooks or linear._forward_pre_hooks)
         and not (linear._backward_hooks or linear._backward_pre_hooks)
     )

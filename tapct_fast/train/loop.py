@@ -23,6 +23,7 @@ from tapct_fast.io.atomic import write_atomic
 from tapct_fast.io.quarantine import Refusal, write_quarantine
 from tapct_fast.io.store import Store
 from tapct_fast.model.block import draw_kept_rows
+from tapct_fast.model.fp8 import refusal as fp8_refusal
 from tapct_fast.ssl.gram import anchor_step
 from tapct_fast.ssl.health import Evidence, measure
 from tapct_fast.ssl.method import DinoMethod, Kept
@@ -186,10 +187,10 @@ def choose_backend(
     """Return the device of a run and the dtype of its matrix products.
 
     ``train.precision=auto`` is bfloat16 on CUDA devices that have it and float32 elsewhere: CPUs
-    without bfloat16 units emulate it at a fraction of the speed.
+    without bfloat16 units emulate it at a fraction of the speed. What ``fp8`` leaves is bfloat16.
 
     Raises:
-        InputError: There is no such device.
+        InputError: There is no such device, or it cannot do ``fp8``.
     """
     has_cuda = torch.cuda.is_available()
     try:
@@ -204,7 +205,11 @@ def choose_backend(
     if precision == "auto":
         fast = target.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         precision = "bf16" if fast else "fp32"
-    return target, torch.bfloat16 if precision == "bf16" else torch.float32
+    if precision == "fp8" and (reason := fp8_refusal(target)):
+        raise InputError(
+            f"train.precision=fp8 does not run on {target}: {reason}; use train.precision=bf16"
+        )
+    return target, torch.float32 if precision == "fp32" else torch.bfloat16
 
 
 def uniform_loss(config: Config) -> float:
@@ -260,6 +265,8 @@ def build_run(
     optimizer = build_optimizer(groups, config.optim)
     attention = choose_attention(device.type, dtype, config.vit.head_dim, needs_grad=True)
     number = str(dtype).removeprefix("torch.")
+    if config.train.precision == "fp8":
+        number += " and float8 linears"
     backend = f"{device.type} {number}, attention {attention}, views {renderer}"
     if processes.group is not None:
         backend += f", {config.train.parallel} on {processes.world_size}"

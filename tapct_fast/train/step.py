@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from tapct_fast.config import TrainConfig
 from tapct_fast.data.pipeline import ViewBatch
+from tapct_fast.model.fp8 import use_fp8
 from tapct_fast.ssl.ema import update_teacher
 from tapct_fast.ssl.health import Evidence
 from tapct_fast.ssl.method import DinoMethod, Encoded, Kept, Losses, StepTargets, Targets
@@ -112,7 +113,8 @@ def build_engine(
 
     Args:
         method: Student and teacher, on the device of the run.
-        config: ``compile``, ``checkpointing`` and ``parallel`` are used.
+        config: ``compile``, ``checkpointing`` and ``precision`` are used, the last for ``fp8``
+            only; then the method's networks stay so.
         dtype: What matrix products are rounded to.
         processes: Those that share a step.
     """
@@ -120,6 +122,8 @@ def build_engine(
     blocks: Any = [*method.student.backbone.blocks]  # Any: a ModuleList forgets its type
     for block in blocks:
         block.checkpointing = config.checkpointing
+    if config.precision == "fp8":
+        use_fp8([*blocks, *method.teacher.backbone.blocks])
     is_compiled = config.compile in ("on", "cuda-graphs") or (
         config.compile == "auto" and device.type == "cuda"
     )
