@@ -159,7 +159,7 @@ def test_replay_with_the_fault_names_the_first_module_and_what_came_in(
 
 @pytest.mark.parametrize(
     ("name", "calls_per_step", "is_backward"),
-    [("student.backbone.blocks.1.mlp", 4, False), ("student.ibot_head.mlp.0", 2, True)],
+    [("student.backbone.blocks.1.mlp", 4, False), ("student.ibot_head.mlp.4", 2, True)],
 )
 def test_replay_names_the_module_or_the_parameter_that_breaks(
     refused: Path,
