@@ -111,8 +111,12 @@ def replay(
 
     for at in range(done, step - 1):
         do(at)
-    with first_not_finite(run.method) as (modules, gradients):
-        now, cause = do(step - 1)
+    now, cause = do(step - 1)
+    modules: list[str] = []
+    gradients: list[str] = []
+    if cause:  # again, for it changed nothing: a layer with hooks is not fused and has other bits
+        with first_not_finite(run.method) as (modules, gradients):
+            do(step - 1)
     return Replay(
         step,
         done,
