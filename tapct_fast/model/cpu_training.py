@@ -24,7 +24,7 @@ def bias_gelu(x_ND: Tensor, bias_D: Tensor) -> Tensor:
     x_ND = x_ND.contiguous()
     out_ND = torch.empty_like(x_ND)
     rows = [_array(t.flatten(0, -2)) for t in (x_ND, out_ND)]
-    _native.bias_gelu(rows[0], _array(bias_D.contiguous()), rows[1], torch.get_num_threads())
+    _native.bias_gelu(rows[0], _copied(bias_D), rows[1], torch.get_num_threads())
     return out_ND
 
 
@@ -38,7 +38,7 @@ def _bias_gelu_backward(grad_ND: Tensor, x_ND: Tensor, bias_D: Tensor) -> tuple[
     grad_ND, x_ND = grad_ND.contiguous(), x_ND.contiguous()
     grad_x_ND, grad_bias_D = torch.empty_like(x_ND), bias_D.new_empty(bias_D.shape)
     rows = [_array(t.flatten(0, -2)) for t in (grad_ND, x_ND, grad_x_ND)]
-    parameters = [_array(t) for t in (bias_D.contiguous(), grad_bias_D)]
+    parameters = [_copied(bias_D), _array(grad_bias_D)]
     _native.bias_gelu_backward(
         *(rows[0], rows[1], parameters[0], rows[2], parameters[1]), torch.get_num_threads()
     )
@@ -72,6 +72,11 @@ def _array(x: Tensor) -> NDArray[Any]:
     return array
 
 
+def _copied(x: Tensor) -> NDArray[Any]:
+    """Return a copy of a parameter, whose own memory must stay resizable: FSDP frees it."""
+    return _array(x.detach().clone())
+
+
 def _residual_norm(*arguments: Any) -> None:
     _native.residual_norm(*_as_arrays(arguments))
 
@@ -82,7 +87,10 @@ def _residual_norm_backward(*arguments: Any) -> None:
 
 def _as_arrays(arguments: tuple[Any, ...]) -> list[Any]:
     """Return the arguments with arrays for tensors, and the number of threads behind them."""
-    arrays = [_array(a) if isinstance(a, Tensor) else a for a in arguments]
+    arrays = [
+        a if not isinstance(a, Tensor) else _copied(a) if a.ndim == 1 else _array(a)
+        for a in arguments
+    ]
     return [*arrays, torch.get_num_threads()]
 
 

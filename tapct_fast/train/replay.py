@@ -153,11 +153,8 @@ def first_not_finite(network: nn.Module) -> Iterator[tuple[list[str], list[str]]
 
         return look
 
-    # Not on linear layers: what is fused with them would run apart, and give other bits.
     handles = [
-        module.register_forward_hook(hook(name))
-        for name, module in network.named_modules()
-        if name and not isinstance(module, nn.Linear)
+        module.register_forward_hook(hook(name)) for name, module in network.named_modules() if name
     ]
     handles += [
         parameter.register_post_accumulate_grad_hook(grad_hook(name))  # type: ignore[no-untyped-call]
