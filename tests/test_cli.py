@@ -113,8 +113,9 @@ def test_a_dry_run_prints_the_plan_and_touches_nothing(
     command += ["--train.group_size", "1"]
     assert main([*command, "--dry-run", "--world", "2"]) == 0
     assert "its groups can be dealt out to 1, 2, 4\n" in capsys.readouterr().out
-    assert main([*command, "--dry-run", "--json"]) == 0
+    assert main([*command, "--dry-run", "--json", "--distill", str(tmp_path / "large")]) == 0
     made = json.loads(capsys.readouterr().out)
+    assert ["--distill" in part for part in made["not_planned"]] == [True]
     assert (made["world"], made["steps"], made["legal_worlds"]) == (1, 3, [1, 2, 4])
     assert main([*command, "--dry-run", "--world", "3"]) == 2
     assert "3 processes cannot share" in capsys.readouterr().err

@@ -124,11 +124,9 @@ class Plan(NamedTuple):
 
 def legal_worlds(config: Config) -> list[int]:
     """Return the numbers of ranks to which the groups of a step can be dealt out evenly."""
-    num_groups, accumulate = (
-        config.train.batch_size // config.train.group_size,
-        config.train.accumulate,
-    )
-    return [world for world in range(1, num_groups + 1) if num_groups % (world * accumulate) == 0]
+    train = config.train
+    most = train.batch_size // (train.group_size * train.accumulate)
+    return [world for world in range(1, most + 1) if most % world == 0]
 
 
 def plan(config: Config, *, world: int = 1) -> Plan:
