@@ -84,7 +84,7 @@ def bytes_per_sample(config: Config, *, num_draws: int = 1000) -> tuple[float, f
 
 def samples_per_s(config: Config) -> float:
     """Return what one GPU does at the assumed share of its peak."""
-    return PEAK * SHARE / count_flops(config, SAMPLES_PER_GPU).total
+    return PEAK * SHARE / count_flops(config).total
 
 
 def _measured() -> dict[str, Row]:
@@ -217,7 +217,9 @@ def _checkpoints() -> str:
                 *(f"{size / save / 1e6:,.0f} MB/s", f"{save / every:.1%}"),
             ]
         )
-    return _table(["recipe", "checkpoint", "save", "verify", "rate of a save", "of the run"], rows)
+    return _table(
+        ["recipe", "checkpoint", "save", "verify", "rate of a save", "of the time between"], rows
+    )
 
 
 def _epochs() -> str:

@@ -7,10 +7,11 @@ each are held to D's losses: to 1e-4 of the total in float32 and to 5 % in bfloa
 its weights and the others their products; ``agreement`` also holds how far the weights are apart,
 as a share of how far they moved. With drop path each draws its own rows: nothing is compared.
 
-``flops`` are the model's, of branches that drop path keeps, a backward as two forwards, nothing
-recomputed; ``mfu`` is of 989.5 TFLOP/s nominal (H100, H200). ``bytes`` is the least that a step
-moves: views read, weights, gradients and moments read and written once. Views are noise, masks are
-drawn once; no data is read.
+``flops`` are those of the model that our step computes, a backward as two forwards, nothing
+recomputed: neither rows that drop path skips count, nor rows of the last block that no loss reads,
+for the rivals too, though they compute the latter. ``mfu`` is of 989.5 TFLOP/s nominal (H100,
+H200). ``bytes`` is the least that a step moves: views read, weights, gradients and moments read and
+written once. Views are noise, masks are drawn once; no data is read.
 """
 
 import gc
@@ -191,7 +192,7 @@ def _measure(run: Run, setting: Setting, device: Device) -> None:
         memory = {name: peak_extra_bytes(call, device) for name, call in calls.items()}
     batch = batches[0][0][0]
     num_samples = {name: sizes.get(name, batch.num_samples) for name in times}
-    flops = step_flops(config, batch.masked_index_M.shape[0])
+    flops = step_flops(config)
     moved = least_bytes(batch, builders[OURS]())
     if floor := floor_ms(device, Work({}, [], 0.0, moved, dtype, flops)):
         values["floor_ms"] = floor

@@ -32,6 +32,7 @@ from tapct_fast.ssl.param_groups import build_optimizer, param_groups
 from tapct_fast.ssl.schedules import StepValues
 from tapct_fast.train.checkpoint import Run
 from tapct_fast.train.guard import start_guard
+from tapct_fast.train.plan import count_flops
 from tapct_fast.train.processes import Processes
 from tapct_fast.train.step import MicroBatch, build_engine, train_step
 
@@ -206,39 +207,14 @@ def num_patches(vit: VitConfig, group: ViewGroupConfig) -> int:
     return math.prod(s // p for s, p in zip(group.size_zyx, vit.patch_zyx, strict=True))
 
 
-def step_flops(config: Config, num_masked: int) -> int:
-    """Return the FLOPs of the matrix products of one step's model.
+def step_flops(config: Config) -> int:
+    """Return the FLOPs that a step of this library computes, of one micro-batch that is one group.
 
-    The teacher runs forward on the global views, the student forward and backward on all; a
-    backward counts as two forwards, that of the patch embedding as one: voxels get no gradient.
-    KoLeo's B x B products are left out. Drop path takes the student's skipped branches away.
-
-    Args:
-        config: The run.
-        num_masked: Masked tokens of a step.
+    See ``tapct_fast.train.plan``: rows that drop path skips, and rows of the last block that no
+    loss reads, are not among them.
     """
-    vit, batch = config.vit, config.train.batch_size
-    total = 0
-    for group, is_global in ((config.views.global_views, True), (config.views.local_views, False)):
-        views, patches = group.num * batch, num_patches(config.vit, group)
-        tokens = 1 + vit.num_registers + patches
-        linear = (8 * vit.dim + 4 * vit.mlp_dim) * tokens * vit.dim
-        blocks = vit.depth * (linear + 4 * tokens**2 * vit.dim)
-        embed = 2 * patches * math.prod(vit.patch_zyx) * vit.dim
-        kept = max(int(views * (1 - vit.drop_path)), 1) if vit.drop_path else views
-        total += 3 * kept * blocks + 2 * views * embed
-        total += views * (blocks + embed) if is_global else 0
-    cls = (2 + config.views.local_views.num) * batch
-    for head, student, teacher in (
-        (config.heads.dino, cls, 2 * batch),
-        (config.heads.ibot or config.heads.dino, num_masked, num_masked),
-    ):
-        inner = max(head.num_layers - 2, 0) * head.hidden_dim**2
-        ends = (vit.dim + head.bottleneck_dim) * head.hidden_dim
-        mlp = inner + ends if head.num_layers > 1 else vit.dim * head.bottleneck_dim
-        row = 2 * (mlp + head.bottleneck_dim * head.num_prototypes)
-        total += (teacher + 3 * student) * row
-    return total
+    train = replace(config.train, group_size=config.train.batch_size)
+    return count_flops(replace(config, train=train)).computed * config.train.batch_size
 
 
 def least_bytes(batch: ViewBatch, stepper: Stepper) -> int:

@@ -186,6 +186,8 @@ def _dry_run(config: Config, args: argparse.Namespace) -> int:
     from tapct_fast.train import plan
 
     made = plan.plan(config, world=args.world or 1)
+    if args.distill is not None:
+        made.not_planned.append("--distill: its guide, in place of the teacher's part of a step")
     print(json.dumps(plan.to_json(made), indent=1) if args.json else plan.render(made))
     return 0
 

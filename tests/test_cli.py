@@ -110,13 +110,15 @@ def test_a_dry_run_prints_the_plan_and_touches_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["train", "debug", str(tmp_path / "store"), "--out", str(tmp_path / "run"), *TINY]
+    command += ["--train.group_size", "1"]
     assert main([*command, "--dry-run", "--world", "2"]) == 0
-    assert "the batch can be divided among 1, 2, 4\n" in capsys.readouterr().out
-    assert main([*command, "--dry-run", "--json"]) == 0
+    assert "its groups can be dealt out to 1, 2, 4\n" in capsys.readouterr().out
+    assert main([*command, "--dry-run", "--json", "--distill", str(tmp_path / "large")]) == 0
     made = json.loads(capsys.readouterr().out)
+    assert ["--distill" in part for part in made["not_planned"]] == [True]
     assert (made["world"], made["steps"], made["legal_worlds"]) == (1, 3, [1, 2, 4])
     assert main([*command, "--dry-run", "--world", "3"]) == 2
-    assert "among 3 ranks; it can among 1, 2, 4" in capsys.readouterr().err
+    assert "3 processes cannot share" in capsys.readouterr().err
     assert main([*command, "--world", "2"]) == 2
     assert "go with --dry-run" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

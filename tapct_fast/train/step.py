@@ -234,4 +234,11 @@ def _update(
 
 def _rounded(run: Run, engine: Engine) -> AbstractContextManager[object]:
     device_type = run.guard.accepted.device.type
-    return torch.autocast(device_type, dtype=engine.dtype, enabled=engine.dtype != torch.float32)
+    return torch.autocast(
+        device_type,
+        dtype=engine.dtype,
+        enabled=engine.dtype != torch.float32,
+        # In the cache, a weight cast for the global views also serves the local ones; selective
+        # checkpointing requires equal operations when a block is computed again.
+        cache_enabled=run.config.train.checkpointing != "selective",
+    )

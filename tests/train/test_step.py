@@ -139,14 +139,25 @@ def test_the_host_need_not_wait_for_the_verdict(tiny_config: Config) -> None:
 
 
 @pytest.mark.parametrize("checkpointing", ["selective", "full"])
-def test_checkpointing_changes_no_bit_of_a_step(tiny_config: Config, checkpointing: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_checkpointing_changes_no_bit_of_a_step(
+    tiny_config: Config, checkpointing: str, dtype: torch.dtype
+) -> None:
     snapshots = []
     for how in ("none", checkpointing):
         train = dataclasses.replace(tiny_config.train, checkpointing=how)
         run = run_of(dataclasses.replace(tiny_config, train=train))
-        do_step(run, random_batches(tiny_config), VALUES)
+        start = snapshot(run)
+        do_step(run, random_batches(tiny_config), VALUES, dtype=dtype)
         snapshots.append(snapshot(run))
-    assert all(map(torch.equal, *snapshots))
+    if dtype == torch.float32 or checkpointing == "full":
+        assert all(map(torch.equal, *snapshots))
+    else:  # gradients of global and local views are added after they are rounded to 8 bits
+        apart, moved = (
+            torch.stack([(a - b).norm() for a, b in zip(snapshots[0], other, strict=False)]).norm()
+            for other in (snapshots[1], start)
+        )
+        assert apart < 0.1 * moved
 
 
 def test_the_step_tells_that_it_was_asked_to_stop(tiny_config: Config) -> None:
