@@ -42,7 +42,7 @@ from tapct_fast.errors import InputError
 from tapct_fast.io.store import Store
 from tapct_fast.train.checkpoint import folders, step_of, verify
 from tapct_fast.train.loop import train
-from tapct_fast.train.processes import started
+from tapct_fast.train.processes import LONG, SHORT, Processes, started
 
 TIMED = {"samples_per_s", "data_wait"}  # measured, not computed
 SUMMED = ("loss", "dino_global", "dino_local", "ibot", "koleo", "gram")
@@ -321,6 +321,27 @@ def test_a_process_that_hangs_is_left_by_the_others_who_say_where_they_waited(
     assert "all_reduce" in text  # of the stacks
     assert re.search(r"process \d of 2 lost the others.*last checkpoint.*Timed out", text)
     verify(folders(out)[-1])
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_the_others_wait_for_a_slow_disk(
+    server: ForkServerContext, config: Config, tiny_store: Path, tmp_path: Path, parallel: str
+) -> None:
+    config = with_train(config, checkpoint_every=2, parallel=parallel)
+    arguments = {"short": 3.0, "late": 5.0}
+    assert share(server, 2, config, tiny_store, tmp_path / "run", **arguments) == [0, 0]
+
+
+def test_patience_lasts_until_its_step_is_done() -> None:
+    processes = Processes()
+    assert processes._limit == LONG
+    for until in (1, 5, 3):  # the start, a save, and a step that was gone back to
+        processes.be_patient(until=until)
+        processes.step_ends(until - 1)
+        assert processes._limit == LONG
+        for done in (until, until + 1):
+            processes.step_ends(done)
+            assert processes._limit == SHORT
 
 
 @pytest.mark.parametrize("asked", [(1,), (0, 1)])
