@@ -22,6 +22,7 @@ from tapct_fast.io.store import Store
 from tapct_fast.ssl.schedules import step_values
 from tapct_fast.ssl.shards import local
 from tapct_fast.train import processes as module
+from tapct_fast.train.checkpoint_writer import CheckpointWriter
 from tapct_fast.train.loop import build_run, micro_batch, train
 from tapct_fast.train.step import build_engine, train_step
 
@@ -98,10 +99,12 @@ def train_together(
 ) -> None:
     """Be one process of a run, as the command line is; its stderr is a file beside the run.
 
-    ``arguments`` are those of ``train``, and a ``fault``, a ``short`` patience in seconds, or the
-    number of an ``attempt`` for which torchrun keeps the store.
+    ``arguments`` are those of ``train``, and a ``fault``, a ``short`` patience in seconds, the
+    seconds by which a checkpoint is written late, or the number of an ``attempt`` for which
+    torchrun keeps the store.
     """
     arguments = dict(arguments)
+    _write_late(arguments.pop("late", 0.0))
     attempt = arguments.pop("attempt", None)
     if attempt is not None:
         os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
@@ -161,6 +164,16 @@ def _be(rank: int, world_size: int, port: int) -> None:
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
     os.environ.update({name: str(number) for name, number in numbers.items()})
     os.environ["MASTER_ADDR"] = "127.0.0.1"
+
+
+def _write_late(seconds: float) -> None:
+    write = CheckpointWriter._write
+
+    def late(self: CheckpointWriter, folder: Path, texts: dict[str, str]) -> None:
+        time.sleep(seconds)
+        write(self, folder, texts)
+
+    CheckpointWriter._write = late  # type: ignore[method-assign]
 
 
 def _go_wrong(fault: Fault) -> None:

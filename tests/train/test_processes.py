@@ -42,7 +42,7 @@ from tapct_fast.errors import InputError
 from tapct_fast.io.store import Store
 from tapct_fast.train.checkpoint import folders, step_of, verify
 from tapct_fast.train.loop import train
-from tapct_fast.train.processes import started
+from tapct_fast.train.processes import LONG, SHORT, Processes, started
 
 TIMED = {"samples_per_s", "data_wait"}  # measured, not computed
 SUMMED = ("loss", "dino_global", "dino_local", "ibot", "koleo", "gram")
@@ -88,6 +88,13 @@ def share(
 def rows(out: Path) -> list[dict[str, Any]]:
     lines = (out / "metrics.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if k not in TIMED} for line in lines]
+
+
+def told_step(out: Path) -> int:
+    """Return the last step in the log of a run that may have been killed."""
+    path = out / "metrics.jsonl"
+    steps = re.findall(r'"step": (\d+),', path.read_text() if path.exists() else "")
+    return int(steps[-1]) if steps else 0
 
 
 def hashes(out: Path) -> dict[str, str]:
@@ -266,15 +273,16 @@ def test_kills_of_either_process_leave_a_run_that_repeats_the_uninterrupted_one_
     num_kills = int(os.environ.get("TAPCT_TEST_KILLS", "3"))
     config = with_train(config, num_steps=30, checkpoint_every=1, keep_checkpoints=2)
     whole, out = tmp_path / "whole", tmp_path / "killed"
-    began = time.monotonic()
     assert share(server, 2, config, tiny_store, whole) == [0, 0]
-    seconds = time.monotonic() - began
     draw, killed = random.Random(7), 0
     while killed < num_kills:
         processes = start(server, train_together, 2, config, tiny_store, out, {})
         victim = draw.randrange(2)
-        processes[victim].join(draw.uniform(0.3, 0.8) * seconds)
-        processes[victim].kill()
+        done = told_step(out)
+        if done < 30:  # the step of a new row, so that both have joined
+            wait_for_step(out, min(done + draw.randint(1, 8), 30))
+            processes[victim].join(draw.uniform(0, 0.2))  # somewhere in a step or a save
+            processes[victim].kill()
         found = codes(processes)
         assert found[victim] in (0, -signal.SIGKILL)
         assert found[1 - victim] in (0, 70)
@@ -321,6 +329,27 @@ def test_a_process_that_hangs_is_left_by_the_others_who_say_where_they_waited(
     assert "all_reduce" in text  # of the stacks
     assert re.search(r"process \d of 2 lost the others.*last checkpoint.*Timed out", text)
     verify(folders(out)[-1])
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_the_others_wait_for_a_slow_disk(
+    server: ForkServerContext, config: Config, tiny_store: Path, tmp_path: Path, parallel: str
+) -> None:
+    config = with_train(config, checkpoint_every=2, parallel=parallel)
+    arguments = {"short": 3.0, "late": 5.0}
+    assert share(server, 2, config, tiny_store, tmp_path / "run", **arguments) == [0, 0]
+
+
+def test_patience_lasts_until_its_step_is_done() -> None:
+    processes = Processes()
+    assert processes._limit == LONG
+    for until in (1, 5, 3):  # the start, a save, and a step that was gone back to
+        processes.be_patient(until=until)
+        processes.step_ends(until - 1)
+        assert processes._limit == LONG
+        for done in (until, until + 1):
+            processes.step_ends(done)
+            assert processes._limit == SHORT
 
 
 @pytest.mark.parametrize("asked", [(1,), (0, 1)])
