@@ -63,7 +63,8 @@ class StepResult(NamedTuple):
     """What the device may still be computing.
 
     Attributes:
-        numbers: In one tensor, so that the host waits once.
+        numbers: In one tensor on the host, so that it waits once.
+        copied: From this event on they are there; None where they are.
         names: Of the gradient norms.
         views: The first micro-batch.
         teacher_cls_ND: Of its global views.
@@ -72,6 +73,7 @@ class StepResult(NamedTuple):
     """
 
     numbers: Tensor
+    copied: torch.cuda.Event | None
     names: Sequence[str]
     views: ViewBatch
     teacher_cls_ND: Tensor
@@ -79,7 +81,9 @@ class StepResult(NamedTuple):
     targets: Targets
 
     def read(self) -> StepMetrics:
-        """Wait for the device."""
+        """Wait for the device, for this step and none behind it."""
+        if self.copied is not None:
+            self.copied.synchronize()
         numbers = self.numbers.tolist()
         losses, rest = numbers[: len(Losses._fields)], numbers[len(Losses._fields) :]
         voxels, asked, is_sound, skipped, in_a_row, *norms = rest
@@ -205,13 +209,22 @@ def train_step(
     _update(run, values, is_sound, targets, waits=engine.waits)
     verdict = torch.stack([is_sound, run.guard.skipped, run.guard.in_a_row])
     return StepResult(
-        torch.cat([means, verdict.to(means.dtype), norms]),
+        *_on_its_way(torch.cat([means, verdict.to(means.dtype), norms])),
         [name for name, _ in student.named_children()],
         batches[0].views,
         encoded[0].cls_ND,
         student_cls[0],
         targets.of_micro_batches[0],
     )
+
+
+def _on_its_way(numbers: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """Send numbers to the host; a copy asked for later would wait for the steps behind this one."""
+    if not numbers.is_cuda:
+        return numbers, None
+    host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+    host.copy_(numbers, non_blocking=True)
+    return host, torch.cuda.current_stream(numbers.device).record_event()
 
 
 def _update(
