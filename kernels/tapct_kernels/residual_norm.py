@@ -302,7 +302,7 @@ def provide_cpu(forward: Callable[..., None], backward: Callable[..., None]) -> 
     _cpu_kernels[:] = [(forward, backward)]
 
 
-def _takes_cpu_kernel(dtype: torch.dtype, *tensors: Tensor | None) -> bool:
+def _goes_native(dtype: torch.dtype, *tensors: Tensor | None) -> bool:
     return bool(_cpu_kernels) and all(
         t is None or (t.device.type == "cpu" and t.dtype == dtype == torch.float32) for t in tensors
     )
@@ -348,7 +348,7 @@ def _op(
     """Return out and normed; Triton on CUDA, on the CPU a kernel for float32, else eager."""
     operands = (x_NTD, branch_KTD, gamma_D, weight_D, bias_D, index_K, next_index_J)
     _check(*operands)
-    if _takes_cpu_kernel(dtype, *operands[:5]):
+    if _goes_native(dtype, *operands[:5]):
         return _forward_cpu(*operands, scale, eps, dtype)
     return residual_norm_ref(*operands, scale, eps, dtype)
 
@@ -425,7 +425,7 @@ def _backward_op(
     ``read_NTD`` is what was normed: out, or x where there is no branch.
     """
     operands = (grad_out_NTD, grad_normed_JTD, read_NTD, branch_KTD, gamma_D, weight_D)
-    backward = _backward_cpu if _takes_cpu_kernel(read_NTD.dtype, *operands) else _backward_ref
+    backward = _backward_cpu if _goes_native(read_NTD.dtype, *operands) else _backward_ref
     return backward(*operands, index_K, next_index_J, scale, eps)
 
 
