@@ -81,7 +81,7 @@ class Setting(NamedTuple):
     num_fit: int
 
 
-FULL = Setting("debug", debug(), (0, 1, 2), (20.0, 40.0, 60.0, 80.0), 12, 6)
+FULL = Setting("debug", debug(), (0, 1), (15.0, 30.0, 45.0, 60.0), 12, 6)
 
 
 def tiny() -> Setting:

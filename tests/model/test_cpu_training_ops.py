@@ -191,7 +191,7 @@ def test_residual_norm_matches_the_definition_in_float64(
     form: str, width: int, tokens: int
 ) -> None:
     inputs = sample(form, width, tokens)
-    assert op._takes_cpu_kernel(torch.float32, *inputs[:5])
+    assert op._goes_native(torch.float32, *inputs[:5])
     found = results(op._op, op._backward_op, inputs)
     expected = results(op.residual_norm_ref, op._backward_ref, in_float64(inputs))
     for one, other in zip(found, expected, strict=True):
@@ -276,7 +276,7 @@ def test_other_dtypes_take_the_eager_definition(norm: torch.dtype) -> None:
     stream = norm if norm == torch.float64 else torch.float32
     inputs = [i.to(stream) if torch.is_tensor(i) and i.is_floating_point() else i for i in inputs]
     inputs[-1] = norm
-    assert not op._takes_cpu_kernel(norm, *inputs[:5])
+    assert not op._goes_native(norm, *inputs[:5])
     found = results(op._op, op._backward_op, inputs)
     expected = results(op.residual_norm_ref, op._backward_ref, inputs)
     for one, other in zip(found, expected, strict=True):
