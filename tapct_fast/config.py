@@ -370,6 +370,11 @@ class TrainConfig:
             f"micro-batch is train.group_size={max(micro_size, 1)}",
         )
         _require(
+            self.compile != "cuda-graphs" or self.accumulate == 1,
+            "train.compile=cuda-graphs would overwrite what it made of one micro-batch by the "
+            f"next; give train.accumulate=1, not {self.accumulate}, or train.compile=on",
+        )
+        _require(
             self.checkpoint_every >= 1 and self.log_every >= 1,
             "train.checkpoint_every and train.log_every must be positive",
         )

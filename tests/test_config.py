@@ -87,3 +87,9 @@ def test_json_from_outside_must_be_complete_and_known() -> None:
 def test_an_unknown_recipe_lists_the_known_ones() -> None:
     with pytest.raises(ConfigError, match="no recipe 'vit-x'; recipes: debug, vit-s, vit-b"):
         recipes.recipe("vit-x")
+
+
+def test_graphs_that_one_micro_batch_would_overwrite_for_the_next_are_refused() -> None:
+    recipes.override(recipes.vit_s(), {"train.compile": "cuda-graphs"})
+    with pytest.raises(ConfigError, match=r"give train\.accumulate=1, not 2"):
+        recipes.override(recipes.vit_b(), {"train.compile": "cuda-graphs"})
