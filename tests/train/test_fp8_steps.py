@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from test_step import VALUES, random_batches, snapshot
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from training_case import do_step, engine_of, run_of
+from training_case import VALUES, do_step, engine_of, random_batches, run_of, snapshot
 
 from tapct_fast.config import Config
 from tapct_fast.errors import ConfigError, InputError

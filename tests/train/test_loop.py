@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from training_case import run_in_server, train_until_killed
+from training_case import rows, run_in_server, train_until_killed
 
 from tapct_fast.config import Config, from_json
 from tapct_fast.data.pipeline import ViewBatch, ViewPipeline
@@ -39,12 +39,6 @@ from tapct_fast.train.step import StepResult
 
 Loaded = Sequence[tuple[Sample, NDArray[np.int16]]]
 Made = tuple[ViewBatch, torch.cuda.Event | None]
-TIMED = {"samples_per_s", "data_wait"}  # measured, not computed
-
-
-def rows(out: Path) -> list[dict[str, Any]]:
-    lines = (out / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in TIMED} for line in lines]
 
 
 def hashes(out: Path, step: int = 6) -> dict[str, str]:

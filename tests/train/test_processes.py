@@ -35,6 +35,7 @@ from shared_runs import (
     wait_for_step,
 )
 from torch.distributed import TCPStore
+from training_case import rows
 
 from tapct_fast.config import Config, GramConfig
 from tapct_fast.data.pipeline import ViewPipeline
@@ -44,7 +45,6 @@ from tapct_fast.train.checkpoint import folders, step_of, verify
 from tapct_fast.train.loop import train
 from tapct_fast.train.processes import LONG, SHORT, Processes, started
 
-TIMED = {"samples_per_s", "data_wait"}  # measured, not computed
 SUMMED = ("loss", "dino_global", "dino_local", "ibot", "koleo", "gram")
 CPU = torch.device("cpu")
 
@@ -83,11 +83,6 @@ def share(
     **arguments: Any,
 ) -> list[int | None]:
     return codes(start(server, train_together, world_size, config, store, out, arguments))
-
-
-def rows(out: Path) -> list[dict[str, Any]]:
-    lines = (out / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in TIMED} for line in lines]
 
 
 def told_step(out: Path) -> int:

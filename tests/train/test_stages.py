@@ -2,51 +2,27 @@
 
 import dataclasses
 import hashlib
-import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_case import do_step, kept_rows, run_of
+from training_case import do_step, engine_of, kept_rows, random_batch, rows, run_of
 
 from tapct_fast.config import Config, GramConfig
-from tapct_fast.data.pipeline import ViewBatch
 from tapct_fast.errors import CheckpointError
 from tapct_fast.ssl.gram import gram_loss
 from tapct_fast.ssl.schedules import StepValues
 from tapct_fast.train.anchor import make_anchor
 from tapct_fast.train.loop import train
-from tapct_fast.train.processes import Processes
-from tapct_fast.train.step import MicroBatch, build_engine, train_step
+from tapct_fast.train.step import MicroBatch, train_step
 
 TEACHER = Path("checkpoints", "step-00000006", "teacher.safetensors")
 
 
-def rows(out: Path) -> list[dict[str, Any]]:
-    timed = {"samples_per_s", "data_wait"}
-    lines = (out / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in lines]
-
-
 def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def views(seed: int) -> ViewBatch:
-    generator = torch.Generator().manual_seed(seed)
-    mask_NL = torch.zeros(4, 8, dtype=torch.bool)
-    mask_NL[1, :3] = mask_NL[2, 2:7] = True
-    return ViewBatch(
-        torch.randn(2, 2, 8, 16, 16, generator=generator),
-        torch.randn(2, 2, 4, 8, 8, generator=generator),
-        mask_NL,
-        mask_NL.flatten().nonzero().squeeze(1),
-        torch.tensor([1 / 3] * 3 + [1 / 5] * 5),
-        2,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -63,13 +39,13 @@ def test_the_gram_loss_is_that_of_all_patch_tokens_and_joins_the_total(anchored:
     with torch.no_grad():  # else both are the same network
         for parameter in method.student.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape))
-    batch = views(1)
+    batch = random_batch(1)
     kept = kept_rows(anchored, batch, 1)
     x_NCZYX = batch.global_VBZYX.flatten(0, 1).unsqueeze(1)
     with torch.no_grad():
         seen = method.student.backbone(x_NCZYX, mask_BL=batch.mask_NL, kept_S2N=kept.global_S2N)
         expected = gram_loss(seen.patches_BLD, method.anchor.backbone(x_NCZYX).patches_BLD)
-    engine = build_engine(method, anchored.train, dtype=torch.float32, processes=Processes())
+    engine = engine_of(run)
     values = StepValues(0.0, 0.0, 0.0, 1.0, 0.05)  # nothing moves
     batches = [MicroBatch(batch, kept)]
     plain, with_gram = (
@@ -121,7 +97,7 @@ def test_a_guide_gives_the_targets_and_leaves_the_student_unmasked(tiny_config: 
     guide = run_of(tiny_config, seed=9).method.teacher
     run = run_of(tiny_config)
     run.method.guide = guide
-    batch = views(1)
+    batch = random_batch(1)
     unmasked = batch._replace(mask_NL=torch.zeros_like(batch.mask_NL))
     values = StepValues(0.0, 0.0, 0.0, 1.0, 0.05)
     guided = do_step(run, [MicroBatch(batch, None)], values).losses

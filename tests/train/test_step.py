@@ -9,43 +9,22 @@ from inspect import signature
 import pytest
 import torch
 from torch import Tensor
-from training_case import clipped_at, do_step, engine_of, explained, kept_rows, run_of
+from training_case import (
+    VALUES,
+    clipped_at,
+    do_step,
+    engine_of,
+    explained,
+    random_batches,
+    run_of,
+    snapshot,
+)
 
 from tapct_fast.config import Config, HeadsConfig
 from tapct_fast.data.pipeline import ViewBatch
 from tapct_fast.ssl.method import DinoMethod, Losses
-from tapct_fast.ssl.schedules import StepValues, step_values
-from tapct_fast.train.checkpoint import Run
-from tapct_fast.train.step import MicroBatch, train_step
-
-VALUES = StepValues(0.01, 0.01, 0.04, 0.9, 0.05)
-
-
-def random_batch(seed: int) -> ViewBatch:
-    generator = torch.Generator().manual_seed(seed)
-    mask_NL = torch.zeros(4, 8, dtype=torch.bool)
-    mask_NL[1, :3] = mask_NL[2, 2:7] = True
-    return ViewBatch(
-        torch.randn(2, 2, 8, 16, 16, generator=generator),
-        torch.randn(2, 2, 4, 8, 8, generator=generator),
-        mask_NL,
-        mask_NL.flatten().nonzero().squeeze(1),
-        torch.tensor([1 / 3] * 3 + [1 / 5] * 5),
-        2,
-    )
-
-
-def random_batches(config: Config, num: int = 2, *, first: int = 1) -> list[MicroBatch]:
-    seeds = range(first, first + num)
-    return [
-        MicroBatch(views, kept_rows(config, views, seed))
-        for seed, views in ((seed, random_batch(seed)) for seed in seeds)
-    ]
-
-
-def snapshot(run: Run) -> list[Tensor]:
-    state = [t for s in run.optimizer.state.values() for t in s.values()]
-    return [t.detach().clone() for t in (*run.method.state_dict().values(), *state)]
+from tapct_fast.ssl.schedules import step_values
+from tapct_fast.train.step import train_step
 
 
 def test_gradients_are_the_mean_over_micro_batches_under_targets_of_the_whole_step(

@@ -30,6 +30,8 @@ from tapct_fast.train.step import Engine, MicroBatch, StepMetrics, build_engine,
 
 # What changes folders, as Python's audit events, and what makes content durable.
 CALLS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir")
+VALUES = StepValues(0.01, 0.01, 0.04, 0.9, 0.05)
+TIMED = {"samples_per_s", "data_wait"}  # measured, not computed
 
 
 def run_of(
@@ -197,3 +199,36 @@ def do_step(
     waits: bool = True,
 ) -> StepMetrics:
     return train_step(run, batches, values, engine_of(run, dtype=dtype, waits=waits)).read()
+
+
+def random_batch(seed: int) -> ViewBatch:
+    generator = torch.Generator().manual_seed(seed)
+    mask_NL = torch.zeros(4, 8, dtype=torch.bool)
+    mask_NL[1, :3] = mask_NL[2, 2:7] = True
+    return ViewBatch(
+        torch.randn(2, 2, 8, 16, 16, generator=generator),
+        torch.randn(2, 2, 4, 8, 8, generator=generator),
+        mask_NL,
+        mask_NL.flatten().nonzero().squeeze(1),
+        torch.tensor([1 / 3] * 3 + [1 / 5] * 5),
+        2,
+    )
+
+
+def random_batches(config: Config, num: int = 2, *, first: int = 1) -> list[MicroBatch]:
+    seeds = range(first, first + num)
+    return [
+        MicroBatch(views, kept_rows(config, views, seed))
+        for seed, views in ((seed, random_batch(seed)) for seed in seeds)
+    ]
+
+
+def snapshot(run: Run) -> list[Tensor]:
+    state = [t for s in run.optimizer.state.values() for t in s.values()]
+    return [t.detach().clone() for t in (*run.method.state_dict().values(), *state)]
+
+
+def rows(out: Path) -> list[dict[str, Any]]:
+    """The rows of a run without what is measured, not computed."""
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMED} for line in lines]
