@@ -5,14 +5,13 @@ Shape suffixes: B batch, C channel, Z Y X voxels, D width.
 
 import copy
 import dataclasses
-import importlib
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from with_timm import import_timm
 
 import tapct_fast
 from tapct_fast.backbone.backbone import Backbone, best_precision
@@ -39,20 +38,6 @@ def make_backbone(config: VitConfig = CONFIG, **settings: Any) -> Backbone:
 
 def pixels(batch: int = 2) -> Tensor:
     return torch.randn(batch, 1, 1, 32, 32, generator=torch.Generator().manual_seed(3))
-
-
-def import_timm() -> Any:
-    """Import timm, whose torchvision wants operators that its wheel lacks beside a CPU torch."""
-    try:
-        return importlib.import_module("timm")
-    except ImportError as error:
-        pytest.skip(f"timm is not installed: {error}")
-    except RuntimeError:
-        for name in [name for name in sys.modules if name.startswith(("timm", "torchvision"))]:
-            del sys.modules[name]
-        for name in ("nms", "qnms"):
-            torch.library.define(f"torchvision::{name}", "(Tensor a, Tensor b, float c) -> Tensor")
-        return importlib.import_module("timm")
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,8 @@
 """Fresh runs that start from other weights: what arrives, what is resized, what is refused."""
 
 import dataclasses
-import importlib
 import re
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from with_timm import import_timm
 
 from tapct_fast.backbone.backbone import Backbone
 from tapct_fast.backbone.export import export_backbone, save_backbone
@@ -188,20 +187,6 @@ def test_damaged_weights_are_refused(
         (folder / name).write_bytes(data)
         with pytest.raises(error, match="sha256"):
             read_start(folder, tiny_config, notify=silent)
-
-
-def import_timm() -> Any:
-    """Import timm, whose torchvision wants operators that its wheel lacks beside a CPU torch."""
-    try:
-        return importlib.import_module("timm")
-    except ImportError as error:
-        pytest.skip(f"timm is not installed: {error}")
-    except RuntimeError:
-        for name in [name for name in sys.modules if name.startswith(("timm", "torchvision"))]:
-            del sys.modules[name]
-        for name in ("nms", "qnms"):
-            torch.library.define(f"torchvision::{name}", "(Tensor a, Tensor b, float c) -> Tensor")
-        return importlib.import_module("timm")
 
 
 def timm_vit(patch: int) -> Any:
