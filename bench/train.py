@@ -11,9 +11,9 @@ as a share of how far they moved. With drop path each draws its own rows: nothin
 recomputed: neither rows that drop path skips count, nor rows of the last block that no loss reads,
 for the rivals too, though they compute the latter. ``mfu`` is of 989.5 TFLOP/s nominal (H100,
 H200). ``bytes`` is the least that a step moves: views read, weights, gradients and moments read and
-written once. Views are noise, masks are drawn once; no data is read. On a CPU ``products_ms`` is what
-torch's profiler finds of matrix products and attention in one step: E's time over that of ours is
-what a step of the same products could win at most, if all else were free.
+written once. Views are noise, masks are drawn once; no data is read. On a CPU ``products_ms`` is
+what torch's profiler finds of matrix products and attention in one step: E's time over that of ours
+is what a step of the same products could win at most, if all else were free.
 """
 
 import gc
