@@ -235,7 +235,8 @@ def products_ms(call: Callable[[], Any]) -> float:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         call()
     events = profile.key_averages()
-    return round(sum(e.self_cpu_time_total for e in events if e.key in PRODUCTS) / 1e3, 4)
+    microseconds: float = sum(e.self_cpu_time_total for e in events if e.key in PRODUCTS)
+    return round(microseconds / 1e3, 4)
 
 
 def _next_step(stepper: Stepper, batches: Iterator[MicroBatches]) -> LossNumbers:
