@@ -151,8 +151,8 @@ def _train(args: argparse.Namespace) -> int:
         raise InputError("--world and --json go with --dry-run; torchrun says how many ranks train")
     _existing([args.store], "STORE")
     probes = _existing(args.probe, "--probe"), _existing(args.probe_labels, "--probe-labels")
-    from tapct_fast.monitor.dashboard import Dashboard
     from tapct_fast.monitor.probe import OnlineProbe
+    from tapct_fast.monitor.run_report import RunReport
     from tapct_fast.train.loop import choose_backend, train
     from tapct_fast.train.observer import Observer
     from tapct_fast.train.processes import started
@@ -161,7 +161,7 @@ def _train(args: argparse.Namespace) -> int:
     with started(os.environ, device) as processes:
         observers: list[Observer] = []
         if processes.is_first:
-            observers.append(Dashboard(args.out, config))
+            observers.append(RunReport(args.out, config))
         if processes.is_first and any(probes):
             num_steps, seed = config.train.num_steps, config.train.seed
             probe = OnlineProbe(args.out, *probes, num_steps=num_steps, device=device, seed=seed)
@@ -536,7 +536,7 @@ def _parser() -> _Parser:
         help="say how a run is doing and whether it is healthy",
         description="Show step, losses beside ln K, health numbers, probe scores and a verdict in "
         "plain words; on a terminal redrawn until the run has finished, elsewhere printed whenever "
-        "it has moved on. Exit code 0 healthy, 1 warnings, 70 a sick run. DIR/dashboard.html shows "
+        "it has moved on. Exit code 0 healthy, 1 warnings, 70 a sick run. DIR/report.html shows "
         "the same with curves; docs/health.md explains every number.",
     )
     watch.add_argument("run_dir", type=Path, metavar="DIR", help="what train was given as --out")

@@ -58,6 +58,9 @@ dt{color:var(--soft)}dd{margin:0;overflow-wrap:anywhere}
 .plain td{vertical-align:baseline}.plain td:nth-child(2){color:inherit}
 .plain .right{text-align:right}.remark{font-size:13px;margin-top:8px}
 .intervals td{vertical-align:middle}.intervals .bar{width:220px}
+summary{cursor:pointer;font-size:14px;color:var(--soft);padding:8px 0}
+summary:hover{color:var(--ink)}
+section>dl+:is(details,.scroll),section>.scroll+dl,section>.scroll+.scroll{margin-top:18px}
 .limits{padding-left:20px;color:var(--soft);max-width:74ch}
 @media (max-width:640px){.row{grid-template-columns:repeat(2,1fr)}dl{grid-template-columns:1fr}
 .curves{grid-template-columns:1fr}}

@@ -369,6 +369,13 @@ def environment_facts() -> list[tuple[str, str]]:
     return list(environment().items())
 
 
+def details_html(summary: str, content: str) -> str:
+    """Return content (HTML) that opens when its summary (plain text) is clicked."""
+    if not content:
+        return ""
+    return f"<details><summary>{html.escape(summary)}</summary>{content}</details>"
+
+
 def facts_list(facts: Sequence[tuple[str, str]]) -> str:
     """Return names and values (plain text) as an HTML list."""
     rows = "".join(
