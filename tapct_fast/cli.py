@@ -229,12 +229,18 @@ def _views(args: argparse.Namespace) -> int:
 
 def _export(args: argparse.Namespace) -> int:
     from tapct_fast.backbone.export import export_backbone
+    from tapct_fast.backbone.model_card import Statement
 
     _existing([args.run_dir], "RUN")
     if args.format == "folder":
-        export_backbone(args.run_dir, args.out, which=args.which)
-        print("exported: model.safetensors, config.json and preprocessor.json in OUT")
+        statement = Statement(args.license, args.base_model, args.probe)
+        export_backbone(args.run_dir, args.out, which=args.which, statement=statement)
+        print("exported: model.safetensors, config.json, preprocessor.json and README.md in OUT")
+        if args.license is None:
+            print("the licence of the weights is unknown; state it in README.md before you share")
         return 0
+    if args.license or args.base_model or args.probe:
+        raise InputError("--license, --base-model and --probe are for the card of --format folder")
     from tapct_fast.backbone.load import load_backbone
     from tapct_fast.backbone.nnunet import export_nnunet
     from tapct_fast.backbone.portable import export_onnx, export_pt2
@@ -578,8 +584,8 @@ def _parser() -> _Parser:
     export = verbs.add_parser(
         "export",
         help="write the teacher of a run as a backbone",
-        description="Write model.safetensors, config.json and preprocessor.json to OUT, "
-        "or one file for another program; docs/export.md says what each holds.",
+        description="Write model.safetensors, config.json, preprocessor.json and a model card, "
+        "README.md, to OUT, or one file for another program; docs/export.md says what each holds.",
     )
     export.add_argument("run_dir", type=Path, metavar="RUN", help="run folder or one checkpoint")
     export.add_argument("out", type=Path, metavar="OUT")
@@ -590,6 +596,15 @@ def _parser() -> _Parser:
         default="folder",
         help="folder: for this library (default); pt2: compiled for PyTorch on this CPU; "
         "onnx: for ONNX Runtime; nnunet: a .pth to fine-tune from",
+    )
+    export.add_argument(
+        "--license", metavar="ID", help="of the weights, as apache-2.0; for README.md"
+    )
+    export.add_argument(
+        "--base-model", metavar="HUB_ID", help="what the run was started from; for README.md"
+    )
+    export.add_argument(
+        "--probe", type=Path, metavar="FILE", help="probe.jsonl of the run; its scores in README.md"
     )
     export.set_defaults(run=_export)
 
