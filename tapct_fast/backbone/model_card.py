@@ -146,7 +146,7 @@ def _what(config: VitConfig, folder: Path, training: Training) -> list[str]:
                 ("parameters", f"{num:,}"),
                 (
                     "blocks",
-                    f"{config.depth} of width {config.dim}, {config.num_heads} heads of "
+                    f"{config.depth} of width {config.dim}, heads {config.num_heads} of "
                     f"{config.head_dim}, feed-forward {config.ffn} of {config.mlp_dim}",
                 ),
                 ("patch", f"{_sizes(config.patch_zyx)} voxels (z, y, x)"),
@@ -307,8 +307,8 @@ def _is_number(value: Any) -> bool:
 def _limits(statement: Statement) -> list[str]:
     lines = [
         "Not a medical device; not for diagnosis.",
-        "Nothing is known of scanners, protocols, ages or regions of the body other than those of "
-        "the training scans, nor of harm by their imbalance. Measure on scans of your own.",
+        "Scanners, protocols, ages and regions of the body of the training scans are not recorded, "
+        "and features of others may be of less use. Measure on scans of your own.",
         "Values must be Hounsfield units; a scan in other units gives features without meaning.",
         "Features can tell much of a scan and may tell scans of the training data from others: "
         "share them as you would share the scans.",

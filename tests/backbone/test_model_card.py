@@ -151,6 +151,8 @@ def test_measured_numbers_come_from_the_probe_of_the_run(run: Path, tmp_path: Pa
     assert "| linear | 0.510 | 0.400 to 0.600 |" in text  # of step 2: that of 6 is of later weights
     assert "| kNN | 0.300 | none |" in text
     assert "0.9" not in text.partition("## Measured")[2].partition("## Limits")[0]
+    with pytest.raises(InputError, match="scores of the teacher"):
+        export_backbone(run, tmp_path / "s", which="student", statement=Statement(probe=probe))
     probe.write_text(json.dumps(rows[2]) + "\n")
     with pytest.raises(FormatError, match="no score of step 4 or before"):
         export_backbone(run, tmp_path / "other", statement=Statement(probe=probe))
