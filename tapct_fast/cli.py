@@ -73,12 +73,14 @@ def _pack(args: argparse.Namespace) -> int:
     return 0
 
 
-def _say_refused(num_refused: int, num_usable: int, folder: Path) -> None:
+def _say_refused(
+    num_refused: int, num_usable: int, folder: Path, *, is_quiet: bool = False
+) -> None:
     from tapct_fast.io.quarantine import last_refusal
 
     if num_refused and not num_usable:
         raise last_refusal(folder)
-    if num_refused:
+    if num_refused and not is_quiet:
         print("reasons: quarantine.jsonl there; the input behind a case: tapct-fast locate --help")
 
 
@@ -267,11 +269,22 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _embed(args: argparse.Namespace) -> int:
-    scans = _existing(args.scan, "SCAN")
+    scans = _existing(args.scan, "ARCHIVE")
+    if args.engine == "local" and (args.workers or args.ray_address):
+        raise InputError("--workers and --ray-address go with --engine ray")
     from tapct_fast.backbone.load import load_backbone
     from tapct_fast.downstream.embed import embed_scans
+    from tapct_fast.downstream.ray_engine import RayCluster
 
-    backbone = load_backbone(args.backbone, device=args.device)
+    cluster = None
+    if args.engine == "ray":
+        cluster = RayCluster(args.ray_address, args.workers or 0, args.device)
+    # Workers of a cluster have the GPUs; this machine need not.
+    backbone = load_backbone(
+        args.backbone,
+        device="cpu" if cluster else args.device,
+        precision="bf16" if cluster and args.device == "cuda" else None,
+    )
     report = embed_scans(
         backbone,
         scans,
@@ -280,13 +293,23 @@ def _embed(args: argparse.Namespace) -> int:
         batch_size=args.batch_size,
         series=args.series,
         check_hu=args.check_hu,
+        format=args.format,
+        timeout_s=args.timeout,
+        readers=args.readers,
+        memory_bytes=None if args.memory is None else int(args.memory * 2**30),
+        ray=cluster,
         progress=True,
+        every_s=args.every,
     )
-    print(
-        f"embedded {report.embedded}, already there {report.skipped}, "
-        f"quarantined {report.quarantined}"
-    )
-    _say_refused(report.quarantined, report.embedded + report.skipped, args.out)
+    if args.json:
+        print(json.dumps(report.progress))
+    else:
+        print(
+            f"embedded {report.embedded}, already there {report.skipped}, "
+            f"quarantined {report.quarantined}"
+        )
+    num_usable = report.embedded + report.skipped
+    _say_refused(report.quarantined, num_usable, args.out, is_quiet=args.json)
     return 0
 
 
@@ -630,15 +653,20 @@ def _parser() -> _Parser:
         "embed",
         help="extract features of whole scans",
         description="Slide windows over each scan and write its feature volume (with affine), cls "
-        "tokens and pooled vector. Run it again to go on after a stop.",
+        "tokens and pooled vector, and a manifest of all scans. Each scan is embedded exactly once: "
+        "run it again to go on after a stop. docs/embed.md says what the folder holds.",
     )
     embed.add_argument(
         "backbone", metavar="BACKBONE", help="exported folder, model.safetensors or hub id"
     )
     embed.add_argument(
-        "scan", type=Path, nargs="+", metavar="SCAN", help="scan file or DICOM series folder"
+        "scan",
+        type=Path,
+        nargs="+",
+        metavar="ARCHIVE",
+        help="scan file, DICOM series folder, or a folder searched for scans",
     )
-    embed.add_argument("--out", type=Path, required=True, metavar="DIR")
+    embed.add_argument("--out", type=Path, required=True, metavar="FEATURES", help="made if absent")
     embed.add_argument(
         "--overlap",
         type=float,
@@ -646,9 +674,51 @@ def _parser() -> _Parser:
         help="of neighbouring windows, 0 to 0.9 (default: 0.5)",
     )
     embed.add_argument(
-        "--batch-size", type=int, help="windows per forward (default: what free memory allows)"
+        "--batch-size", type=int, help="windows per forward (default: what the memory allows)"
     )
-    embed.add_argument("--device", default="cpu")
+    embed.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    embed.add_argument(
+        "--format",
+        choices=("safetensors", "zarr"),
+        default="safetensors",
+        help="a file per scan (default), or a Zarr v3 group per scan",
+    )
+    embed.add_argument(
+        "--timeout",
+        type=_positive,
+        default=600.0,
+        metavar="SECONDS",
+        help="for reading one scan; a later one is quarantined and the rest goes on (default: 600)",
+    )
+    embed.add_argument(
+        "--readers", type=int, metavar="N", help="scans read at a time (default: 1, on CUDA to 4)"
+    )
+    embed.add_argument(
+        "--memory",
+        type=_positive,
+        metavar="GIB",
+        help="for scans that are read ahead (default: a quarter of what is free)",
+    )
+    embed.add_argument(
+        "--engine",
+        choices=("local", "ray"),
+        default="local",
+        help="in this process (default), or on a Ray cluster",
+    )
+    embed.add_argument(
+        "--workers", type=int, metavar="N", help="of Ray (default: one per GPU, or per core)"
+    )
+    embed.add_argument(
+        "--ray-address", metavar="ADDRESS", help="of a running cluster (default: start one here)"
+    )
+    embed.add_argument(
+        "--every",
+        type=_positive,
+        default=10.0,
+        metavar="SECONDS",
+        help="between progress lines, off a terminal, and writings of progress.json (default: 10)",
+    )
+    embed.add_argument("--json", action="store_true", help="print the numbers as one line of JSON")
     embed.add_argument(
         "--no-check-hu",
         dest="check_hu",

@@ -347,7 +347,7 @@ def test_help_of_each_verb_says_what_it_needs(capsys: pytest.CaptureFixture[str]
         "watch": "[--once] [--json] DIR",
         "export": "RUN OUT",
         "check": "[--slices N] [--json FILE]",
-        "embed": "BACKBONE SCAN",
+        "embed": "BACKBONE ARCHIVE",
         "probe": "--labels LABELS",
         "doctor": "usage: tapct-fast doctor",
     }
