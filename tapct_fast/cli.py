@@ -219,6 +219,26 @@ def _watch(args: argparse.Namespace) -> int:
     return watch(args.run_dir, every=args.every, once=args.once, as_json=args.json)
 
 
+def _report(args: argparse.Namespace) -> int:
+    _existing([args.directory], "DIR")
+    from tapct_fast.embed_report import is_embedded, write_embed_report
+    from tapct_fast.monitor.record import read_record
+    from tapct_fast.monitor.run_report import write_run_report
+    from tapct_fast.train.checkpoint import has_run
+
+    if has_run(args.directory):
+        try:
+            write_run_report(args.directory, read_record(args.directory))
+        except OSError as error:
+            raise InputError(f"DIR cannot be written: {error.strerror}") from None
+    elif is_embedded(args.directory):
+        write_embed_report(args.directory)
+    else:
+        raise InputError("DIR holds neither a run nor features; name the --out of train or embed")
+    print("written: report.html in DIR")
+    return 0
+
+
 def _views(args: argparse.Namespace) -> int:
     config = recipes.override(recipes.recipe(args.recipe), _overrides(args.settings))
     _existing([args.store], "STORE")
@@ -275,6 +295,7 @@ def _embed(args: argparse.Namespace) -> int:
     from tapct_fast.backbone.load import load_backbone
     from tapct_fast.downstream.embed import embed_scans
     from tapct_fast.downstream.ray_engine import RayCluster
+    from tapct_fast.embed_report import write_embed_report
 
     cluster = None
     if args.engine == "ray":
@@ -301,6 +322,7 @@ def _embed(args: argparse.Namespace) -> int:
         progress=True,
         every_s=args.every,
     )
+    write_embed_report(args.out)
     if args.json:
         print(json.dumps(report.progress))
     else:
@@ -580,6 +602,16 @@ def _parser() -> _Parser:
     watch.add_argument("--json", action="store_true", help="one line of JSON per change")
     watch.set_defaults(run=_watch)
 
+    report = verbs.add_parser(
+        "report",
+        help="write the page of a run or of an embedded archive anew",
+        description="Recognise what train or embed left in DIR and write DIR/report.html: tables, "
+        "curves, settings, environment, hashes; one file without anything outside it. train and "
+        "embed write it themselves; docs/reports.md says what is in it.",
+    )
+    report.add_argument("directory", type=Path, metavar="DIR", help="--out of train or embed")
+    report.set_defaults(run=_report)
+
     views = verbs.add_parser(
         "views",
         help="show what the model sees: views and masks of chosen samples",
@@ -627,7 +659,10 @@ def _parser() -> _Parser:
         "--base-model", metavar="HUB_ID", help="what the run was started from; for README.md"
     )
     export.add_argument(
-        "--probe", type=Path, metavar="FILE", help="probe.jsonl of the run; its scores in README.md"
+        "--probe",
+        type=Path,
+        metavar="FILE",
+        help="probe.jsonl of the run or probe.json of an evaluation; its scores in README.md",
     )
     export.set_defaults(run=_export)
 

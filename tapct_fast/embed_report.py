@@ -11,6 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from tapct_fast.downstream.embed import SETTINGS_FILE
+from tapct_fast.downstream.manifest import MANIFEST_FILE, require_pyarrow
+from tapct_fast.downstream.progress import PROGRESS_FILE
 from tapct_fast.errors import InputError
 from tapct_fast.io.atomic import read_json, sha256_file, write_atomic
 from tapct_fast.io.quarantine import QUARANTINE_FILE
@@ -18,7 +21,6 @@ from tapct_fast.reasons import reasons_html
 from tapct_fast.report import Table, bars_html, facts_list, render_page, table_html
 
 PAGE = "report.html"
-MANIFEST_FILE, PROGRESS_FILE = "manifest.parquet", "progress.json"
 NUM_BINS = 8
 
 
@@ -30,6 +32,11 @@ class Geometry(NamedTuple):
     tokens_z: NDArray[np.float64]
     windows: NDArray[np.float64]
     bytes: NDArray[np.float64]
+
+
+def is_embedded(out: Path) -> bool:
+    """Say whether ``out`` is an output folder of embed."""
+    return (out / PROGRESS_FILE).is_file()
 
 
 def write_embed_report(out: Path) -> Path:
@@ -53,7 +60,7 @@ def render_embed_report(out: Path) -> str:
         InputError: ``out`` is no output folder of embed.
         FormatError: A file in it is damaged.
     """
-    if not (out / PROGRESS_FILE).exists():
+    if not is_embedded(out):
         raise InputError("DIR holds no features (no progress.json); name an output folder of embed")
     sums = read_json(out / PROGRESS_FILE, "embed progress")
     geometry = _geometry(out / MANIFEST_FILE)
@@ -115,8 +122,7 @@ def _geometry(manifest: Path) -> Geometry | None:
     """Read the columns of the embedded scans, a row group at a time; None without a manifest."""
     if not manifest.exists():
         return None
-    from pyarrow import parquet
-
+    parquet = require_pyarrow()
     names = ["status", "spacing_mm", "grid_zyx", "num_windows", "bytes"]
     parts = []
     with parquet.ParquetFile(manifest) as file:
@@ -198,7 +204,7 @@ def _hashes(out: Path, sums: Mapping[str, Any]) -> str:
     rows = [("backbone and its preprocessing", str(sums.get("backbone", "unknown")))]
     rows += [
         (name, sha256_file(out / name))
-        for name in (MANIFEST_FILE, QUARANTINE_FILE, "settings.json")
+        for name in (MANIFEST_FILE, QUARANTINE_FILE, SETTINGS_FILE)
         if (out / name).exists()
     ]
     return table_html(Table("", ("what", "sha256"), rows))

@@ -77,8 +77,6 @@ def export_backbone(
     """
     said = statement or Statement()
     check_statement(said)
-    if said.probe is not None and which == "student":
-        raise InputError("--probe holds scores of the teacher; export that, or leave it out")
     saved = read_checkpoint(checkpoint_dir, which)
     training = _training(saved, which)
     return _write(

@@ -6,7 +6,6 @@ above it, so that a card that somebody went on writing is told from one that may
 """
 
 import hashlib
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -16,15 +15,15 @@ from typing import Any, Literal, NamedTuple
 from safetensors import safe_open
 
 from tapct_fast import __version__
-from tapct_fast.backbone.load import CARD_FILE, HUB_ID, WEIGHTS_FILE
+from tapct_fast.backbone.load import CARD_FILE, HUB_ID, WEIGHTS_FILE, load_backbone
+from tapct_fast.backbone.measured import read_measured
 from tapct_fast.backbone.preprocess import Preprocess
 from tapct_fast.backbone.schema import CONFIG_FILE, PREPROCESSOR_FILE, read_config, read_preprocess
 from tapct_fast.config import Config, VitConfig
-from tapct_fast.errors import FormatError, InputError
-from tapct_fast.io.atomic import read_limited, sha256_file, write_atomic
+from tapct_fast.errors import InputError
+from tapct_fast.io.atomic import sha256_file, write_atomic
 
 UNKNOWN_LICENSE = "unknown"
-MAX_PROBE_BYTES = 1 << 26
 _LICENSE = re.compile(r"[A-Za-z][A-Za-z0-9.+-]{1,79}")
 _TAGS = ("ct", "dinov2", "3d", "medical")
 _SEAL = "<!-- tapct-fast: sha256 of the lines above: {} -->\n"
@@ -48,7 +47,8 @@ class Statement(NamedTuple):
         license: Of the weights, as the hub abbreviates it: ``apache-2.0``, ``cc-by-nc-4.0``, or
             ``other``; None where it is not known.
         base_model: Hub id of the weights that the run started from.
-        probe: ``probe.jsonl`` of the run, for the numbers that were measured.
+        probe: ``probe.jsonl`` of the run, or ``probe.json`` of an evaluation of this backbone, for
+            the numbers that were measured.
     """
 
     license: str | None = None
@@ -70,7 +70,9 @@ def check_statement(statement: Statement) -> None:
     if statement.base_model is not None and not HUB_ID.fullmatch(statement.base_model):
         raise InputError("--base-model is no hub id owner/name")
     if statement.probe is not None and not statement.probe.is_file():
-        raise InputError("--probe is no file; name the probe.jsonl of the run")
+        raise InputError(
+            "--probe is no file; name probe.jsonl of the run or probe.json of an evaluation"
+        )
 
 
 def write_model_card(folder: Path, training: Training, statement: Statement) -> Path:
@@ -95,7 +97,7 @@ def write_model_card(folder: Path, training: Training, statement: Statement) -> 
             *_use(),
             *_preprocessing(read_preprocess(folder / PREPROCESSOR_FILE), config),
             *_training(training, statement),
-            *_scores(statement, training),
+            *_scores(folder, training, statement),
             *_limits(statement),
             *_hashes(folder, training),
         ]
@@ -250,58 +252,24 @@ def _training(training: Training, statement: Statement) -> list[str]:
     ]
 
 
-def _scores(statement: Statement, training: Training) -> list[str]:
+def _scores(folder: Path, training: Training, statement: Statement) -> list[str]:
     if statement.probe is None:
         return ["## Measured", "", "Nothing was measured of this backbone.", ""]
-    row = read_probe(statement.probe, training.step)
-    return [
-        "## Measured",
-        "",
-        f"Mean Dice of frozen features at step {row['step']:,} of this run, cross-validated over "
-        "the labelled scans that it was given; with 95 % intervals.",
-        "",
-        *_table(
-            ("head", "Dice", "95 % interval"),
-            [
-                (name, f"{row[kind]:.3f}", _ends(row, kind))
-                for kind, name in (("linear", "linear"), ("knn", "kNN"))
-                if _is_number(row.get(kind))
-            ],
-        ),
+    measured = read_measured(
+        statement.probe,
+        step=training.step,
+        which=training.which,
+        fingerprint=lambda: load_backbone(folder).fingerprint(),
+    )
+    rows = [
+        (
+            score.name,
+            f"{score.value:.3f}",
+            "none" if score.low is None else f"{score.low:.3f} to {score.high:.3f}",
+        )
+        for score in measured.scores
     ]
-
-
-def read_probe(path: Path, step: int) -> dict[str, Any]:
-    """Return the last score of a run's online probe that is not newer than the exported step.
-
-    Raises:
-        FormatError: The file is too large, or holds no such score.
-    """
-    rows = []
-    for line in read_limited(path, "probe", limit=MAX_PROBE_BYTES).splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue  # one that is being written is cut short
-        if (
-            isinstance(row, dict)
-            and isinstance(row.get("step"), int)
-            and _is_number(row.get("linear"))
-        ):
-            rows.append(row)
-    rows = [row for row in rows if row["step"] <= step]
-    if not rows:
-        raise FormatError("probe", f"{path.name} holds no score of step {step} or before")
-    return max(rows, key=lambda row: int(row["step"]))
-
-
-def _ends(row: dict[str, Any], kind: str) -> str:
-    low, high = (row.get(f"{kind}_{end}") for end in ("low", "high"))
-    return f"{low:.3f} to {high:.3f}" if _is_number(low) and _is_number(high) else "none"
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    return ["## Measured", "", measured.text, "", *_table(("score", "", "95 % interval"), rows)]
 
 
 def _limits(statement: Statement) -> list[str]:

@@ -148,15 +148,42 @@ def test_measured_numbers_come_from_the_probe_of_the_run(run: Path, tmp_path: Pa
     probe.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 4, "lin')
     out = export_backbone(run, tmp_path / "out", statement=Statement(probe=probe))
     text = (out / "README.md").read_text()
-    assert "| linear | 0.510 | 0.400 to 0.600 |" in text  # of step 2: that of 6 is of later weights
-    assert "| kNN | 0.300 | none |" in text
+    assert (
+        "| Dice, linear head | 0.510 | 0.400 to 0.600 |" in text
+    )  # of step 2: that of 6 is of later weights
+    assert "| Dice, kNN | 0.300 | none |" in text
     assert "0.9" not in text.partition("## Measured")[2].partition("## Limits")[0]
-    with pytest.raises(InputError, match="scores of the teacher"):
+    with pytest.raises(FormatError, match="a run scores its teacher"):
         export_backbone(run, tmp_path / "s", which="student", statement=Statement(probe=probe))
     probe.write_text(json.dumps(rows[2]) + "\n")
     with pytest.raises(FormatError, match="no score of step 4 or before"):
         export_backbone(run, tmp_path / "other", statement=Statement(probe=probe))
     assert not (tmp_path / "other").exists()
+
+
+def test_scores_of_an_evaluation_are_those_of_this_backbone(run: Path, tmp_path: Path) -> None:
+    out = export_backbone(run, tmp_path / "out")
+    scores = [
+        {"name": "dice", "value": 0.5, "low": 0.25, "high": 0.75},
+        {"name": "x | <b>y</b>", "value": 0.125, "low": None, "high": None},
+        {"name": "hd95 mm", "value": None, "low": None, "high": None},
+    ]
+    rival = {"name": "rival", "fingerprint": "0" * 64, "scores": [{**scores[0], "value": 0.875}]}
+    ours = {"name": "a", "fingerprint": load_backbone(out).fingerprint(), "scores": scores}
+    probe = tmp_path / "probe.json"
+    content = {"format": "tapct-probe", "version": 1, "task": "segmentation", "num_scans": 12}
+    content |= {"num_patients": 9, "results": [rival, ours]}
+    probe.write_text(json.dumps(content))
+    text = (export_backbone(run, out, statement=Statement(probe=probe)) / "README.md").read_text()
+    assert "in segmentation, on 12 held-out scans of 9 patients" in text
+    assert "| dice | 0.500 | 0.250 to 0.750 |" in text
+    assert "| x ? ?b?y?/b? | 0.125 | none |" in text
+    assert "0.875" not in text
+    assert "hd95" not in text
+    for odd, message in (({"results": [rival]}, "no score of this"), ({"results": 3}, "damaged")):
+        probe.write_text(json.dumps(content | odd))
+        with pytest.raises(FormatError, match=message):
+            export_backbone(run, out, statement=Statement(probe=probe))
 
 
 def test_a_card_that_was_edited_is_not_replaced(run: Path, tmp_path: Path) -> None:
