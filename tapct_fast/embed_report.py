@@ -69,7 +69,7 @@ def render_embed_report(out: Path) -> str:
             "Refused scans",
             "By reason. quarantine.jsonl names each by its keyed id, with field and reason; "
             "tapct-fast locate finds its source again.",
-            reasons_html(sums.get("quarantined_by_code") or {}),
+            reasons_html(sums.get("quarantined_by_code", {})),
         ),
         (
             "Embedded scans",
@@ -109,7 +109,7 @@ def _tiles(sums: Mapping[str, Any], geometry: Geometry | None) -> list[tuple[str
     num, embedded, skipped, refused = (
         int(sums.get(name, 0)) for name in ("num_scans", "embedded", "skipped", "quarantined")
     )
-    size = "" if geometry is None else f"{geometry.bytes.sum() / 2**20:,.0f} MiB of features"
+    size = "" if geometry is None else f"{geometry.bytes.sum() / 2**20:,.1f} MiB of features"
     return [
         ("scans", f"{num:,}", "named by the last call"),
         ("embedded", f"{embedded + skipped:,}", f"{skipped:,} were there before"),
@@ -211,9 +211,6 @@ def _hashes(out: Path, sums: Mapping[str, Any]) -> str:
 
 
 def _environment(sums: Mapping[str, Any]) -> Sequence[tuple[str, str]]:
-    facts = {
-        **(sums.get("settings") or {}),
-        "device": sums.get("device", "unknown"),
-        **(sums.get("versions") or {}),
-    }
-    return [(name.replace("_", " "), str(value)) for name, value in facts.items()]
+    settings = {name.replace("_", " "): value for name, value in sums.get("settings", {}).items()}
+    facts = {**settings, "device": sums.get("device", "unknown"), **sums.get("versions", {})}
+    return [(name, str(value)) for name, value in facts.items()]
