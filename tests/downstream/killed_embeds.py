@@ -14,7 +14,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet  # noqa: F401  # a second of every run, if it is left to the runs
 import torch
 
 from tapct_fast.backbone.backbone import Backbone
