@@ -688,7 +688,7 @@ def _parser() -> _Parser:
         "embed",
         help="extract features of whole scans",
         description="Slide windows over each scan and write its feature volume (with affine), cls "
-        "tokens and pooled vector, and a manifest of all scans. Each scan is embedded exactly once: "
+        "tokens and pooled vector, and a manifest of all scans. Each one is embedded exactly once: "
         "run it again to go on after a stop. docs/embed.md says what the folder holds.",
     )
     embed.add_argument(

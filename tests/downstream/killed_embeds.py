@@ -1,7 +1,7 @@
 """Kill embeds of one archive with SIGKILL and finish them: ``python killed_embeds.py FOLDER ...``.
 
-One warm process forks every run, for importing torch takes longer than a run; it never computes, so
-no thread is lost in a fork. Prints one line of JSON, which test_archive.py judges.
+One warm process, with a single thread, forks every run: importing torch, and what its first product
+of matrices loads, take longer than a run. Prints one line of JSON, which test_archive.py judges.
 """
 
 import json
@@ -22,10 +22,11 @@ from tapct_fast.config import VitConfig
 from tapct_fast.downstream import archive
 from tapct_fast.downstream.embed import embed_scans
 from tapct_fast.io.nifti import write_nifti
+from tapct_fast.io.volume import Volume
 from tapct_fast.model.vit import Vit
 
 SEED = 8
-DEPTH_YX = (8, 48, 40)
+SHAPE_ZYX = (8, 48, 40)
 
 
 def make_backbone() -> Backbone:
@@ -40,7 +41,7 @@ def make_backbone() -> Backbone:
 
 def make_archive(folder: Path, num_scans: int) -> None:
     folder.mkdir()
-    noise_ZYX = np.random.default_rng(SEED).integers(-1000, 800, DEPTH_YX).astype(np.int16)
+    noise_ZYX = np.random.default_rng(SEED).integers(-1000, 800, SHAPE_ZYX).astype(np.int16)
     for number in range(num_scans):
         path = folder / f"{number:04d}.nii"
         write_nifti(path, noise_ZYX + np.int16(number), np.diag([-0.8, -0.8, 3.0, 1.0]))
@@ -152,11 +153,19 @@ def killed_at_each_rename(root: Path, num_scans: int, format: str) -> dict[str, 
             return {"outs": outs}
 
 
+def warm_up() -> None:
+    zeros_ZYX = np.zeros(SHAPE_ZYX, np.int16)
+    archive.embed_volume(make_backbone(), Volume(zeros_ZYX, (3.0, 0.8, 0.8), np.eye(4)))
+    num_threads = len(list(Path("/proc/self/task").iterdir()))
+    assert num_threads == 1, "a thread would be lost in the forks"
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    warm_up()
     root, how, num_scans, rest = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4]
     if how == "random":
         found = killed_at_random(root, num_scans, int(rest))
     else:
         found = killed_at_each_rename(root, num_scans, rest)
-    print(json.dumps(found))
+    sys.stdout.write(json.dumps(found) + "\n")
