@@ -1,1 +1,1 @@
-"""What frozen features are worth: the same splits, heads and budget for every backbone."""
+"""What frozen features are worth on a user's own data: heads, splits by patient, scores, tables."""
