@@ -233,6 +233,11 @@ def _report(args: argparse.Namespace) -> int:
             raise InputError(f"DIR cannot be written: {error.strerror}") from None
     elif is_embedded(args.directory):
         write_embed_report(args.directory)
+    elif (args.directory / "probe.json").exists():
+        raise InputError(
+            "DIR holds an evaluation, whose report.html is written with its probe.json; give the "
+            "same probe again, which encodes nothing anew"
+        )
     else:
         raise InputError("DIR holds neither a run nor features; name the --out of train or embed")
     print("written: report.html in DIR")

@@ -116,16 +116,27 @@ def features(archive: Path, run: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pages(archive: Path, run: Path, features: Path) -> dict[str, Path]:
+def probed(archive: Path, features: Path) -> Path:
+    """The exported backbone beside a random one on the labelled phantoms."""
+    scans = [f"scans/{i}.nii.gz,labels-{i}.nii.gz,{CANARY}-{i}" for i in range(NUM_SCANS)]
+    (archive / "cases.csv").write_text("\n".join(["scan,labels,patient", *scans]) + "\n")
+    out, backbone = archive / "probed", str(archive / "backbone")
+    words = ["probe", str(archive / "cases.csv"), "--backbone", backbone, f"random:{backbone}"]
+    assert features.is_dir()
+    assert main([*words, "--folds", "2", "--out", str(out)]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def pages(archive: Path, run: Path, features: Path, probed: Path) -> dict[str, Path]:
     main(["verify", str(archive / "scans"), "--out", str(archive / "checked")])
     assert main(["bench", "plot", "--out", str(archive / "bench")]) == 0
-    folders = {"train": run, "embed": features, "verify": archive / "checked"}
-    return {name: folder / "report.html" for name, folder in folders.items()} | {
-        "bench": archive / "bench" / "report.html"
-    }
+    folders = {"train": run, "embed": features, "probe": probed, "verify": archive / "checked"}
+    folders["bench"] = archive / "bench"
+    return {name: folder / "report.html" for name, folder in folders.items()}
 
 
-NAMES = ("train", "embed", "verify", "bench")
+NAMES = ("train", "embed", "probe", "verify", "bench")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -203,7 +214,7 @@ def test_the_report_of_an_archive_counts_and_hashes(features: Path) -> None:
 
 
 def test_the_verb_writes_either_page_anew_and_refuses_other_folders(
-    run: Path, features: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Path, features: Path, probed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for folder, title in ((run, "Training run"), (features, "Features")):
         before = (folder / "report.html").read_text()
@@ -215,6 +226,8 @@ def test_the_verb_writes_either_page_anew_and_refuses_other_folders(
         # The same but for the time.
         pattern = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC\."
         assert re.sub(pattern, "", again) == re.sub(pattern, "", before)
+    assert main(["report", str(probed)]) == 2
+    assert "give the same probe again" in capsys.readouterr().err
     assert main(["report", str(tmp_path)]) == 2
     assert "neither a run nor features" in capsys.readouterr().err
     assert main(["report", str(tmp_path / "none")]) == 2
