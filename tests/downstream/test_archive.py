@@ -191,6 +191,31 @@ def test_a_replaced_scan_is_embedded_again_and_a_touched_one_is_not(
     assert embed_scans(backbone, scans, out) == EmbedReport(0, 3, 0)
 
 
+def test_a_scan_that_goes_or_changes_while_it_is_read_is_not_embedded(
+    backbone: Backbone, scans: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def disturbed(scan: Path, **options: object) -> object:
+        volume = real(scan, **options)
+        if scan == scans[0]:
+            write_scan(scan, seed=9, depth=5)
+            scans[1].unlink()  # the search has found it
+        return volume
+
+    real = archive.read_volume
+    monkeypatch.setattr(archive, "read_volume", disturbed)
+    out = tmp_path / "features"
+    assert embed_scans(backbone, scans, out, readers=1) == EmbedReport(1, 0, 2)
+    assert [row["code"] for row in rows_of(out)] == ["integrity", "input", None]
+    reasons = (out / "quarantine.jsonl").read_text()
+    assert "changed while it was read" in reasons
+    assert "doe" not in reasons
+    monkeypatch.setattr(archive, "read_volume", real)
+    assert embed_scans(backbone, [scans[0], scans[2]], out) == EmbedReport(1, 1, 0)
+    # What an earlier call named stays listed, behind the scans of this one.
+    (line,) = (out / "quarantine.jsonl").read_text().splitlines()
+    assert json.loads(line)["code"] == "input"
+
+
 def test_a_refused_scan_is_read_again_only_when_that_may_help(
     backbone: Backbone, scans: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
