@@ -16,6 +16,7 @@ BENCHES = sorted(
     if re.search(r"\b(start|op_bench)\(\s*__file__", path.read_text())
 )
 RIVALS = {
+    "embed_archive": ("pyarrow", "ray"),
     "integrity": ("nibabel", "SimpleITK", "blosc2"),
     "load_for_tapct": ("nibabel", "SimpleITK"),
     "read_box": ("nibabel", "SimpleITK", "blosc2"),
