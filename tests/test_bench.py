@@ -17,6 +17,7 @@ BENCHES = sorted(
 )
 RIVALS = {
     "integrity": ("nibabel", "SimpleITK", "blosc2"),
+    "knn": ("faiss",),
     "load_for_tapct": ("nibabel", "SimpleITK"),
     "read_box": ("nibabel", "SimpleITK", "blosc2"),
     "read_dicom": ("pydicom", "SimpleITK", "dcm2niix", "nibabel"),
