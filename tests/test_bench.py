@@ -18,6 +18,7 @@ BENCHES = sorted(
 RIVALS = {
     "embed_archive": ("pyarrow", "ray"),
     "integrity": ("nibabel", "SimpleITK", "blosc2"),
+    "knn": ("faiss",),
     "load_for_tapct": ("nibabel", "SimpleITK"),
     "read_box": ("nibabel", "SimpleITK", "blosc2"),
     "read_dicom": ("pydicom", "SimpleITK", "dcm2niix", "nibabel"),
