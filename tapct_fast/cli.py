@@ -256,12 +256,17 @@ def _views(args: argparse.Namespace) -> int:
 
 def _export(args: argparse.Namespace) -> int:
     from tapct_fast.backbone.export import export_backbone
-    from tapct_fast.backbone.model_card import Statement
 
     _existing([args.run_dir], "RUN")
     if args.format == "folder":
-        statement = Statement(args.license, args.base_model, args.probe)
-        export_backbone(args.run_dir, args.out, which=args.which, statement=statement)
+        export_backbone(
+            args.run_dir,
+            args.out,
+            which=args.which,
+            license=args.license,
+            base_model=args.base_model,
+            probe=args.probe,
+        )
         print("exported: model.safetensors, config.json, preprocessor.json and README.md in OUT")
         if args.license is None:
             print("the licence of the weights is unknown; state it in README.md before you share")

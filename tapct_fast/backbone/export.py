@@ -55,7 +55,9 @@ def export_backbone(
     out: Path,
     *,
     which: Literal["teacher", "student"] = "teacher",
-    statement: Statement | None = None,
+    license: str | None = None,
+    base_model: str | None = None,
+    probe: Path | None = None,
 ) -> Path:
     """Write the backbone of a training checkpoint with its model card; the heads stay behind.
 
@@ -64,18 +66,22 @@ def export_backbone(
             that is not the newest), or one checkpoint folder.
         out: New folder, or one that holds a backbone and nothing else: it is replaced in one step.
         which: The EMA teacher, which evaluates better, or the student.
-        statement: What the run cannot know for the model card: licence, base model, scores.
+        license: Of the weights, for the model card, as the hub abbreviates it: ``apache-2.0``,
+            ``cc-by-nc-4.0``, ``other``; without it the card says that it is unknown.
+        base_model: Hub id of the weights that the run started from, for the card.
+        probe: ``probe.jsonl`` of the run, or ``probe.json`` of an evaluation of this backbone: the
+            scores for the card.
 
     Returns:
         ``out``.
 
     Raises:
         InputError: There is no checkpoint, ``out`` holds other files or a card that was edited, or
-            the statement cannot be used.
-        FormatError: The statement's file of scores is damaged.
+            the licence is no identifier, the base model no hub id, or there is no such file.
+        FormatError: The file of scores holds none of this backbone.
         CheckpointError: The checkpoint is damaged.
     """
-    said = statement or Statement()
+    said = Statement(license, base_model, probe)
     check_statement(said)
     saved = read_checkpoint(checkpoint_dir, which)
     training = _training(saved, which)

@@ -41,15 +41,7 @@ class Training(NamedTuple):
 
 
 class Statement(NamedTuple):
-    """What only the person who exports can say.
-
-    Attributes:
-        license: Of the weights, as the hub abbreviates it: ``apache-2.0``, ``cc-by-nc-4.0``, or
-            ``other``; None where it is not known.
-        base_model: Hub id of the weights that the run started from.
-        probe: ``probe.jsonl`` of the run, or ``probe.json`` of an evaluation of this backbone, for
-            the numbers that were measured.
-    """
+    """What only the person who exports can say; see ``export_backbone``."""
 
     license: str | None = None
     base_model: str | None = None

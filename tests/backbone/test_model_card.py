@@ -14,7 +14,7 @@ from tapct_fast import recipes
 from tapct_fast.backbone.describe import stated_license
 from tapct_fast.backbone.export import export_backbone
 from tapct_fast.backbone.load import find_files, load_backbone, load_preprocess
-from tapct_fast.backbone.model_card import Statement, is_untouched
+from tapct_fast.backbone.model_card import is_untouched
 from tapct_fast.cli import main
 from tapct_fast.data.phantom import make_phantom
 from tapct_fast.errors import CheckpointError, FormatError, InputError
@@ -59,8 +59,8 @@ def header_of(card: Path) -> dict[str, object]:
 
 def test_the_hub_reads_the_header(run: Path, tmp_path: Path) -> None:
     hub = pytest.importorskip("huggingface_hub", reason="the hub's reader is not installed")
-    said = Statement(license="cc-by-nc-4.0", base_model="fomofo/tap-ct-b-3d")
-    card = export_backbone(run, tmp_path / "out", statement=said) / "README.md"
+    said = {"license": "cc-by-nc-4.0", "base_model": "fomofo/tap-ct-b-3d"}
+    card = export_backbone(run, tmp_path / "out", **said) / "README.md"
     data = hub.ModelCard.load(card, ignore_metadata_errors=False).data
     assert isinstance(data, hub.ModelCardData)
     assert data.license == "cc-by-nc-4.0"
@@ -126,7 +126,7 @@ def test_an_unknown_licence_is_called_unknown_and_check_shows_a_stated_one(
     assert header_of(out / "README.md")["license"] == "unknown"
     assert "state it before you share" in (out / "README.md").read_text()
     assert stated_license(find_files(out)) is None
-    export_backbone(run, out, statement=Statement(license="apache-2.0"))
+    export_backbone(run, out, license="apache-2.0")
     assert "state it before" not in (out / "README.md").read_text()
     assert stated_license(find_files(out)) == "apache-2.0 (README.md)"
 
@@ -154,7 +154,7 @@ def test_measured_numbers_come_from_the_probe_of_the_run(run: Path, tmp_path: Pa
     ]
     probe = tmp_path / "probe.jsonl"
     probe.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 4, "lin')
-    out = export_backbone(run, tmp_path / "out", statement=Statement(probe=probe))
+    out = export_backbone(run, tmp_path / "out", probe=probe)
     text = (out / "README.md").read_text()
     assert (
         "| Dice, linear head | 0.510 | 0.400 to 0.600 |" in text
@@ -162,10 +162,10 @@ def test_measured_numbers_come_from_the_probe_of_the_run(run: Path, tmp_path: Pa
     assert "| Dice, kNN | 0.300 | none |" in text
     assert "0.9" not in text.partition("## Measured")[2].partition("## Limits")[0]
     with pytest.raises(FormatError, match="a run scores its teacher"):
-        export_backbone(run, tmp_path / "s", which="student", statement=Statement(probe=probe))
+        export_backbone(run, tmp_path / "s", which="student", probe=probe)
     probe.write_text(json.dumps(rows[2]) + "\n")
     with pytest.raises(FormatError, match="no score of step 4 or before"):
-        export_backbone(run, tmp_path / "other", statement=Statement(probe=probe))
+        export_backbone(run, tmp_path / "other", probe=probe)
     assert not (tmp_path / "other").exists()
 
 
@@ -182,7 +182,7 @@ def test_scores_of_an_evaluation_are_those_of_this_backbone(run: Path, tmp_path:
     content = {"format": "tapct-probe", "version": 1, "task": "segmentation", "num_scans": 12}
     content |= {"num_patients": 9, "results": [rival, ours]}
     probe.write_text(json.dumps(content))
-    text = (export_backbone(run, out, statement=Statement(probe=probe)) / "README.md").read_text()
+    text = (export_backbone(run, out, probe=probe) / "README.md").read_text()
     assert "in segmentation, on 12 held-out scans of 9 patients" in text
     assert "| dice | 0.500 | 0.250 to 0.750 |" in text
     assert "| x ? ?b?y?/b? | 0.125 | none |" in text
@@ -191,7 +191,7 @@ def test_scores_of_an_evaluation_are_those_of_this_backbone(run: Path, tmp_path:
     for odd, message in (({"results": [rival]}, "no score of this"), ({"results": 3}, "damaged")):
         probe.write_text(json.dumps(content | odd))
         with pytest.raises(FormatError, match=message):
-            export_backbone(run, out, statement=Statement(probe=probe))
+            export_backbone(run, out, probe=probe)
 
 
 def test_a_card_that_was_edited_is_not_replaced(run: Path, tmp_path: Path) -> None:
@@ -244,6 +244,7 @@ def test_a_run_that_started_from_other_weights_says_so(run: Path, tmp_path: Path
     text = (export_backbone(second, tmp_path / "out") / "README.md").read_text()
     assert f"weights of sha256 `{digest}` (name them as base_model" in text
     assert "base_model:" not in text
-    said = Statement(base_model="owner/name")
-    text = (export_backbone(second, tmp_path / "out", statement=said) / "README.md").read_text()
+    text = (
+        export_backbone(second, tmp_path / "out", base_model="owner/name") / "README.md"
+    ).read_text()
     assert f"weights of sha256 `{digest}` (owner/name)" in text
