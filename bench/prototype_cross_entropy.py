@@ -80,7 +80,7 @@ def draw_inputs(shape: Shape, device: Device) -> Inputs:
     return Inputs(
         unit(S).to(dtype).requires_grad_(),
         (teacher_PK.float() + 0.5 * unit(P)).requires_grad_(),
-        SoftTargets(logits_NP, zeros_P, row_N, temp),
+        SoftTargets(logits_NP, None, zeros_P, row_N, temp),
         (row_S1 + torch.arange(J, device=device) * (N // J)) % N,
         row_N.new_full((S, J), 1 / S),
         teacher_NK,
@@ -122,9 +122,7 @@ def chunked_step(inputs: Inputs) -> Sequence[Tensor]:
         grad_CP = torch.softmax((x_CK @ w_PK.T).float() / TEMP, 1)
         grad_CP *= weight_CJ.sum(1, keepdim=True)
         for row_C, weight_C in zip(row_CJ.unbind(1), weight_CJ.unbind(1), strict=True):
-            of_rows = targets._replace(
-                logits_NP=targets.logits_NP[row_C], row_N=targets.row_N[row_C]
-            )
+            of_rows = targets._replace(rows_NX=targets.rows_NX[row_C], row_N=targets.row_N[row_C])
             grad_CP -= of_rows.dense() * weight_C[:, None]
         grad_CP = (grad_CP / TEMP).to(x_SK.dtype)
         grad_x_SK[chunk] = grad_CP @ w_PK
@@ -146,8 +144,8 @@ def liger_step(inputs: Inputs) -> Sequence[Tensor]:
 def _exact(inputs: Inputs, kind: str) -> Sequence[Tensor]:
     features_SK, prototypes_PK, targets, *rest = inputs
     x_SK, w_PK = (t.detach().double().requires_grad_() for t in (features_SK, prototypes_PK))
-    logits_NP, *vectors = targets
-    doubles = SoftTargets(logits_NP, *(v.double() for v in vectors))
+    logits_NP, _, *vectors = targets
+    doubles = SoftTargets(logits_NP, None, *(v.double() for v in vectors))
     inputs = Inputs(x_SK, w_PK, doubles, *rest)
     measured = _forward if kind == "forward" else _step
     return measured(prototype_cross_entropy, inputs)
@@ -204,7 +202,7 @@ def _work(shape: Shape, device: Device, is_tiny: bool, kind: str) -> Work:
     S, P, K = shape.num_rows, shape.num_prototypes, shape.width
     results = sum(t.nbytes for t in expected) * 4 // 8
     operands = (
-        inputs.targets.logits_NP.nbytes + inputs.features_SK.nbytes + inputs.prototypes_PK.nbytes
+        inputs.targets.rows_NX.nbytes + inputs.features_SK.nbytes + inputs.prototypes_PK.nbytes
     )
     return Work(
         variants,

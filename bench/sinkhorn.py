@@ -66,7 +66,9 @@ def _sinkhorn(rows: int, num_prototypes: int, device: Device, is_tiny: bool) -> 
     def of_factors(call: Dense) -> list[Tensor]:
         factors = call(logits_NP)
         prototype_P, row_N = factors[:num_prototypes], factors[num_prototypes:]
-        return [_checked(SoftTargets(logits_NP, prototype_P, row_N, factors.new_full((), TEMP)))]
+        return [
+            _checked(SoftTargets(logits_NP, None, prototype_P, row_N, factors.new_full((), TEMP)))
+        ]
 
     dense: dict[str, Dense] = {"eager in place": partial(sinkhorn_ref, temp=TEMP, num_iter=ROUNDS)}
     factors: dict[str, Dense] = {}
@@ -79,7 +81,7 @@ def _sinkhorn(rows: int, num_prototypes: int, device: Device, is_tiny: bool) -> 
     if not is_tiny:
         for name, call in compiled(factors_from_logsumexp, device).items():
             factors[f"{name} logsumexp"] = call
-    variants: dict[str, Results] = {"tapct sinkhorn": ours}
+    variants: dict[str, Results] = {"tapct sinkhorn": lambda: _vectors(ours())}
     variants |= {name: partial(_all, f, logits_NP) for name, f in (dense | factors).items()}
     checks: dict[str, Results] = {"tapct sinkhorn": lambda: [_checked(ours())]}
     checks |= {name: partial(_first, f, logits_NP) for name, f in dense.items()}
@@ -109,7 +111,7 @@ def _softmax(rows: int, num_prototypes: int, device: Device, is_tiny: bool) -> W
     if not is_tiny:
         for name, call in compiled(softmax_dense, device).items():
             rivals[f"{name} softmax"] = call
-    variants: dict[str, Results] = {"tapct softmax_targets": ours}
+    variants: dict[str, Results] = {"tapct softmax_targets": lambda: _vectors(ours())}
     variants |= {name: partial(_all, f, logits_NP, center_P) for name, f in rivals.items()}
     checks: dict[str, Results] = {"tapct softmax_targets": lambda: [_checked(ours())]}
     checks |= {name: partial(_first, f, logits_NP, center_P) for name, f in rivals.items()}
@@ -134,9 +136,13 @@ def _first(call: Callable[..., Tensor], *operands: Tensor) -> list[Tensor]:
     return [call(*operands)[:CHECKED]]
 
 
+def _vectors(targets: SoftTargets) -> list[Tensor]:
+    return [targets.prototype_P, targets.row_N]
+
+
 def _checked(targets: SoftTargets) -> Tensor:
-    logits_NP, prototype_P, row_N, temp = targets
-    return SoftTargets(logits_NP[:CHECKED], prototype_P, row_N[:CHECKED], temp).dense()
+    some = targets._replace(rows_NX=targets.rows_NX[:CHECKED], row_N=targets.row_N[:CHECKED])
+    return some.dense()
 
 
 def _backend(device: Device) -> str:

@@ -11,7 +11,9 @@ as a share of how far they moved. With drop path each draws its own rows: nothin
 recomputed: neither rows that drop path skips count, nor rows of the last block that no loss reads,
 for the rivals too, though they compute the latter. ``mfu`` is of 989.5 TFLOP/s nominal (H100,
 H200). ``bytes`` is the least that a step moves: views read, weights, gradients and moments read and
-written once. Views are noise, masks are drawn once; no data is read.
+written once. Views are noise, masks are drawn once; no data is read. On a CPU ``products_ms`` is
+what torch's profiler finds of matrix products and attention in one step: E's time over that of ours
+is what a step of the same products could win at most, if all else were free.
 """
 
 import gc
@@ -68,6 +70,13 @@ from tapct_fast.recipes import debug
 NOMINAL_TFLOPS = 989.5  # bfloat16, dense: NVIDIA's sheets of H100 SXM and H200
 NUM_CHECKED = 3  # steps
 LARGEST_BATCH = 256
+PRODUCTS = frozenset(
+    f"aten::{name}"
+    for name in (
+        *("mm", "addmm", "bmm", "baddbmm", "_scaled_dot_product_flash_attention_for_cpu"),
+        "_scaled_dot_product_flash_attention_for_cpu_backward",
+    )
+)
 
 
 class Setting(NamedTuple):
@@ -190,6 +199,8 @@ def _measure(run: Run, setting: Setting, device: Device) -> None:
         }
         times = time_ms(calls, device=device, rounds=setting.rounds)
         memory = {name: peak_extra_bytes(call, device) for name, call in calls.items()}
+        if device == "cpu":
+            values["products_ms"] = {name: products_ms(call) for name, call in calls.items()}
     batch = batches[0][0][0]
     num_samples = {name: sizes.get(name, batch.num_samples) for name in times}
     flops = step_flops(config)
@@ -217,6 +228,14 @@ def _measure(run: Run, setting: Setting, device: Device) -> None:
         backend=f"blocks of D {'not ' if run.is_tiny else ''}compiled",
         **values,
     )
+
+
+def products_ms(call: Callable[[], Any]) -> float:
+    """Return the milliseconds that a call spends in matrix products and attention on the CPU."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        call()
+    events = profile.key_averages()
+    return round(sum(e.self_cpu_time_total for e in events if e.key in PRODUCTS) / 1e3, 4)
 
 
 def _next_step(stepper: Stepper, batches: Iterator[MicroBatches]) -> LossNumbers:

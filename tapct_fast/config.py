@@ -244,6 +244,7 @@ class LossConfig:
     koleo_weight: float = 0.1
     centering: Literal["sinkhorn", "softmax"] = "sinkhorn"
     student_temp: float = 0.1
+    recompute_ibot_logits: bool = False  # the teacher's, wherever read: less memory, more products
 
     def __post_init__(self) -> None:
         _require(self.student_temp > 0, f"losses.student_temp={self.student_temp} is not positive")

@@ -26,11 +26,12 @@ from tapct_kernels.prototype_cross_entropy import (
 )
 from tapct_kernels.residual_norm import layer_norm, residual, residual_norm, residual_norm_ref
 from tapct_kernels.sinkhorn import sinkhorn, sinkhorn_ref, softmax_targets
-from tapct_kernels.soft_targets import SoftTargets
+from tapct_kernels.soft_targets import Logits, SoftTargets
 
 __all__ = [
     "BlockLaw",
     "BlockMasks",
+    "Logits",
     "SoftTargets",
     "attention",
     "attention_ref",

@@ -4,8 +4,9 @@
     loss[s] = sum_j weight[s, j] * (logsumexp_p logit[s] - sum_p target[i, p] * logit[s, p])
 
 with i = target_row[s, j]; because the targets of a row sum to 1, this is the cross-entropy. Both
-sums stream over the prototypes, and the targets are computed from ``SoftTargets`` on the way. The
-backward computes the logits again and holds the gradient of one chunk of them at a time.
+sums stream over the prototypes, and the targets are computed from ``SoftTargets`` on the way, of
+products a tile or chunk of rows at a time. The backward computes the logits again and holds the
+gradient of one chunk of them at a time.
 
 Shape suffixes: S student rows, K bottleneck width, P prototypes, N target rows, J pairs of a
 student row (1 or 2), T parts of the prototypes, C student rows of a chunk.
@@ -51,10 +52,12 @@ def _check(
         shapes = [tuple(t.shape) for t in (features_SK, prototypes_PK)]
         raise ValueError(f"prototype_cross_entropy: features and prototypes have shapes {shapes}")
     (S, _), P = features_SK.shape, prototypes_PK.shape[0]
-    N = targets.row_N.shape[0]
-    wanted = ((N, P), (P,), (N,), ())
-    if tuple(tuple(t.shape) for t in targets) != wanted:
-        shapes = [tuple(t.shape) for t in targets]
+    N, weights_PK = targets.row_N.shape[0], targets.weights_PK
+    rows = (
+        [(N, P)] if weights_PK is None else [(N, weights_PK.shape[-1]), (P, weights_PK.shape[-1])]
+    )
+    shapes = [tuple(t.shape) for t in targets if t is not None]
+    if shapes != [*rows, (P,), (N,), ()]:
         raise ValueError(
             f"prototype_cross_entropy: targets have shapes {shapes} for {P} prototypes"
         )
@@ -244,7 +247,8 @@ def _merge(lse_TS: Tensor, dot_TS: Tensor, weight_SJ: Tensor) -> tuple[Tensor, T
 def _forward_triton(
     features_SK: Tensor,
     prototypes_PK: Tensor,
-    logits_NP: Tensor,
+    rows_NX: Tensor,
+    weights_PK: Tensor | None,
     prototype_P: Tensor,
     row_N: Tensor,
     target_temp: Tensor,
@@ -252,19 +256,32 @@ def _forward_triton(
     weight_SJ: Tensor,
     temp: float,
 ) -> tuple[Tensor, Tensor]:
-    targets = SoftTargets(logits_NP, prototype_P, row_N, target_temp)
+    targets = SoftTargets(rows_NX, weights_PK, prototype_P, row_N, target_temp)
     if features_SK.dtype == torch.float64:  # for verification only: the kernels sum in float32
         return _forward_tiled(features_SK, prototypes_PK, *targets, target_row_SJ, weight_SJ, temp)
     _check(features_SK, prototypes_PK, targets, target_row_SJ, weight_SJ)
     (S, K), P = features_SK.shape, prototypes_PK.shape[0]
     if S == 0:
         return _empty(features_SK)
+    if weights_PK is not None:
+        parts = [
+            _forward_triton(
+                features_SK[s],
+                prototypes_PK,
+                *_stored(targets, target_row_SJ[s], weight_SJ[s]),
+                weight_SJ[s],
+                temp,
+            )
+            for s in _tiles(S, _chunk_rows(S, P))
+        ]
+        loss_S, lse_S = (torch.cat(outputs) for outputs in zip(*parts, strict=True))
+        return loss_S, lse_S
     grid, tiles_per_part, options = _launch_options("forward", features_SK, S, P)
     lse_TS = features_SK.new_empty(grid[1], S, dtype=torch.float32)
     dot_TS = torch.empty_like(lse_TS)
     _forward_kernel[grid](
         *(features_SK.contiguous(), prototypes_PK.to(features_SK.dtype).contiguous()),
-        *(t.contiguous() for t in (*targets, target_row_SJ, weight_SJ)),
+        *(t.contiguous() for t in (*targets, target_row_SJ, weight_SJ) if t is not None),
         *(lse_TS, dot_TS, S, P, K, 1 / temp, tiles_per_part),
         J=weight_SJ.shape[1],
         **options,
@@ -277,7 +294,8 @@ def _backward_triton(
     lse_S: Tensor,
     features_SK: Tensor,
     prototypes_PK: Tensor,
-    logits_NP: Tensor,
+    rows_NX: Tensor,
+    weights_PK: Tensor | None,
     prototype_P: Tensor,
     row_N: Tensor,
     target_temp: Tensor,
@@ -285,7 +303,7 @@ def _backward_triton(
     weight_SJ: Tensor,
     temp: float,
 ) -> tuple[Tensor, Tensor]:
-    targets = SoftTargets(logits_NP, prototype_P, row_N, target_temp)
+    targets = SoftTargets(rows_NX, weights_PK, prototype_P, row_N, target_temp)
     pairs = (target_row_SJ, weight_SJ)
     if features_SK.dtype == torch.float64:  # as in the forward
         return _backward_tiled(grad_S, lse_S, features_SK, prototypes_PK, *targets, *pairs, temp)
@@ -293,20 +311,22 @@ def _backward_triton(
     if S == 0:
         return torch.empty_like(features_SK), prototypes_PK.new_zeros(P, K, dtype=torch.float32)
     x_SK, w_PK = features_SK.contiguous(), prototypes_PK.to(features_SK.dtype).contiguous()
-    shared = [t.contiguous() for t in targets]
     per_row = [t.contiguous() for t in (*pairs, grad_S, lse_S)]
     grad_x_SK = torch.empty_like(x_SK)
     grad_w_PK = x_SK.new_zeros(P, K, dtype=torch.float32)
-    # Chunks of about one size, whole blocks of rows each.
-    num_chunks = triton.cdiv(S, max(1, CHUNK // P))
-    rows = min(S, triton.cdiv(S, 128 * num_chunks) * 128)
+    rows = _chunk_rows(S, P)
     chunk_CP = x_SK.new_empty(rows, P)
     grid, tiles_per_part, options = _launch_options("backward", x_SK, rows, P)
     for s in _tiles(S, rows):
         x_CK = x_SK[s]
         grad_CP = chunk_CP[: x_CK.shape[0]]
+        row_CJ, *of_chunk = (t[s] for t in per_row)
+        of_targets = (*targets, row_CJ)
+        if weights_PK is not None:
+            of_targets = _stored(targets, row_CJ, of_chunk[0])
+        shared = [t.contiguous() for t in of_targets if t is not None]
         _grad_logits_kernel[grid](
-            *(x_CK, w_PK, *shared, *(t[s] for t in per_row), grad_CP),
+            *(x_CK, w_PK, *shared, *of_chunk, grad_CP),
             *(x_CK.shape[0], P, K, 1 / temp, tiles_per_part),
             J=weight_SJ.shape[1],
             **options,
@@ -314,6 +334,25 @@ def _backward_triton(
         torch.mm(grad_CP, w_PK, out=grad_x_SK[s])
         grad_w_PK += _mm_float32(grad_CP.T, x_CK)
     return grad_x_SK, grad_w_PK
+
+
+def _chunk_rows(num_rows: int, num_prototypes: int) -> int:
+    """Return the rows of a chunk: chunks of about one size, whole blocks of rows each."""
+    num_chunks = triton.cdiv(num_rows, max(1, CHUNK // num_prototypes))
+    rows: int = triton.cdiv(num_rows, 128 * num_chunks) * 128
+    return min(num_rows, rows)
+
+
+def _stored(
+    targets: SoftTargets, row_CJ: Tensor, weight_CJ: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor]:
+    """Return targets with the logits that a chunk of student rows meets, and their new numbers."""
+    row_M = torch.where(weight_CJ != 0, row_CJ, 0).flatten()
+    number_M = torch.arange(row_M.shape[0], device=row_M.device)
+    row_of_M = targets.row_N.index_select(0, row_M)
+    logits_MP = targets.logits.of(row_M)
+    numbers_CJ = number_M.reshape(row_CJ.shape)
+    return logits_MP, None, targets.prototype_P, row_of_M, targets.temp, numbers_CJ
 
 
 def _mm_float32(a: Tensor, b: Tensor) -> Tensor:
@@ -332,7 +371,7 @@ def _target_tile(
     total_SP: Tensor | None = None
     for row_S, weight_S1 in zip(row_SJ.unbind(1), weight_SJ.unsqueeze(2).unbind(1), strict=True):
         dtype = targets.row_N.dtype
-        logits_SP = targets.logits_NP[:, prototypes].index_select(0, row_S).to(dtype)
+        logits_SP = targets.logits.of(row_S, prototypes).to(dtype, copy=True)
         tile_SP = logits_SP.mul_(1 / targets.temp).add_(targets.prototype_P[prototypes])
         tile_SP.add_(targets.row_N[row_S, None]).exp_().mul_(weight_S1)
         tile_SP.masked_fill_(weight_S1 == 0, 0)
@@ -371,7 +410,8 @@ def _empty(features_SK: Tensor) -> tuple[Tensor, Tensor]:
 def _forward_tiled(
     features_SK: Tensor,
     prototypes_PK: Tensor,
-    logits_NP: Tensor,
+    rows_NX: Tensor,
+    weights_PK: Tensor | None,
     prototype_P: Tensor,
     row_N: Tensor,
     target_temp: Tensor,
@@ -380,7 +420,7 @@ def _forward_tiled(
     temp: float,
 ) -> tuple[Tensor, Tensor]:
     """Return loss_S and, for the backward, logsumexp_S; plain torch, a tile of logits at a time."""
-    targets = SoftTargets(logits_NP, prototype_P, row_N, target_temp)
+    targets = SoftTargets(rows_NX, weights_PK, prototype_P, row_N, target_temp)
     _check(features_SK, prototypes_PK, targets, target_row_SJ, weight_SJ)
     S, P = features_SK.shape[0], prototypes_PK.shape[0]
     if S == 0:
@@ -406,7 +446,8 @@ def _backward_tiled(
     lse_S: Tensor,
     features_SK: Tensor,
     prototypes_PK: Tensor,
-    logits_NP: Tensor,
+    rows_NX: Tensor,
+    weights_PK: Tensor | None,
     prototype_P: Tensor,
     row_N: Tensor,
     target_temp: Tensor,
@@ -415,7 +456,7 @@ def _backward_tiled(
     temp: float,
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of the features, in their dtype, and of the prototypes, in the sums'."""
-    targets = SoftTargets(logits_NP, prototype_P, row_N, target_temp)
+    targets = SoftTargets(rows_NX, weights_PK, prototype_P, row_N, target_temp)
     (S, K), P = features_SK.shape, prototypes_PK.shape[0]
     w_PK = prototypes_PK.to(features_SK.dtype)
     row_SJ, weight_SJ = _pairs(targets, target_row_SJ, weight_SJ)
@@ -466,7 +507,7 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 def _backward(ctx: Any, grad_S: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     grad_x_SK, grad_w_PK = _backward_op(grad_S, *ctx.saved_tensors, ctx.temp)
     prototypes_PK = ctx.saved_tensors[2]
-    return grad_x_SK, grad_w_PK.to(prototypes_PK.dtype), *(None,) * 7
+    return grad_x_SK, grad_w_PK.to(prototypes_PK.dtype), *(None,) * 8
 
 
 _op.register_autograd(_backward, setup_context=_save_for_backward)

@@ -5,9 +5,10 @@
 
 Sinkhorn-Knopp repeats both lines. It asks for prototypes of N / P, but a constant factor in one
 line is undone by the next, so no count enters, and none has to be summed over processes.
-The logits are read, 16 bits each, and never written: six passes and 12 bytes per logit for three
-rounds. Sums carry their maximum along, so un-normalised logits neither overflow nor vanish, and a
-prototype that no row wants keeps a finite factor.
+Stored logits are read, 16 bits each, and never written: six passes and 12 bytes per logit for
+three rounds. Products are computed four times, some rows at a time: the row pass of one round and
+the column pass of the next share them. Sums carry their maximum along, so un-normalised logits
+neither overflow nor vanish, and a prototype that no row wants keeps a finite factor.
 Shape suffixes: N rows, P prototypes, S slabs of rows.
 Sums and factors are float32 (float64 for float64 logits). Nothing is differentiated.
 Source: SwAV, arXiv:2006.09882 listing 1; DINOv2, arXiv:2304.07193 section 4; the center, DINO,
@@ -15,6 +16,7 @@ arXiv:2104.14294 equation 4.
 """
 
 from collections.abc import Sequence
+from functools import reduce
 
 import torch
 import torch.distributed as dist
@@ -22,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tapct_kernels.soft_targets import SoftTargets
+from tapct_kernels.soft_targets import Logits, SoftTargets
 from tapct_kernels.tuning import Config, config_for
 
 # 16 logits per thread and turn, as two 16-byte loads. Tall tiles in the row pass share the
@@ -313,7 +315,7 @@ def _(logits_NP: Tensor, prototype_P: Tensor | None, temp: Tensor) -> Tensor:
 
 @torch.no_grad()
 def sinkhorn(
-    logits: Sequence[Tensor],
+    logits: Sequence[Tensor | Logits],
     temp: float | Tensor,
     *,
     num_iter: int = 3,
@@ -322,7 +324,8 @@ def sinkhorn(
     """Balance the rows of each tensor over its prototypes; each is balanced by itself.
 
     Args:
-        logits: Teacher logits (rows, prototypes): of the cls tokens, of the masked tokens.
+        logits: Teacher logits (rows, prototypes): of the cls tokens, of the masked tokens. Products
+            are computed anew in every pass, so that their memory is that of some rows.
         temp: Teacher temperature above 0; in a compiled step a tensor, as a float recompiles it.
         num_iter: Rounds, at least 1.
         group: Processes whose rows are balanced together; None for the rows at hand. All
@@ -336,31 +339,51 @@ def sinkhorn(
     """
     if num_iter < 1:
         raise ValueError(f"sinkhorn: num_iter={num_iter}; one round is the least")
-    temps = [_as_temp(temp, logits_NP) for logits_NP in logits]
-    rows: list[Tensor | None] = [None] * len(temps)
+    sources = [_as_logits(source) for source in logits]
+    temps = [_as_temp(temp, source.rows_NX) for source in sources]
+    prototypes: list[Tensor | None] = [None] * len(temps)
     for _ in range(num_iter):
-        operands = list(zip(logits, rows, temps, strict=True))
-        lses = [prototype_logsumexp(*o) for o in operands]
+        operands = zip(sources, prototypes, temps, strict=True)
+        lses = [_columns(*o) for o in operands]
         if group is not None:
             lses = _merge_processes(lses, group)
         prototypes = [-lse_P for lse_P in lses]
-        rows = [
-            -row_logsumexp(logits_NP, prototype_P, t)
-            for (logits_NP, _, t), prototype_P in zip(operands, prototypes, strict=True)
-        ]
     return [
-        SoftTargets(logits_NP.detach(), prototype_P, row_N, t)
-        for logits_NP, prototype_P, row_N, t in zip(logits, prototypes, rows, temps, strict=True)
-        if row_N is not None
+        SoftTargets(*source, prototype_P, _rows(source, prototype_P, t), t)
+        for source, prototype_P, t in zip(sources, prototypes, temps, strict=True)
+        if prototype_P is not None
     ]
 
 
+def _as_logits(logits: Tensor | Logits) -> Logits:
+    rows_NX, weights_PK = Logits(logits) if isinstance(logits, Tensor) else logits
+    return Logits(rows_NX.detach(), None if weights_PK is None else weights_PK.detach())
+
+
+def _columns(logits: Logits, prototype_P: Tensor | None, temp: Tensor) -> Tensor:
+    """Return the log sums of the prototypes, over rows that are first balanced by the factors."""
+
+    def of_part(part: slice) -> Tensor:
+        logits_MP = logits.of(part)
+        row_M = None if prototype_P is None else -row_logsumexp(logits_MP, prototype_P, temp)
+        part_P: Tensor = prototype_logsumexp(logits_MP, row_M, temp)
+        return part_P
+
+    lse_P: Tensor = reduce(torch.logaddexp, map(of_part, logits.parts()))
+    return lse_P
+
+
+def _rows(logits: Logits, prototype_P: Tensor, temp: Tensor) -> Tensor:
+    rows = [-row_logsumexp(logits.of(part), prototype_P, temp) for part in logits.parts()]
+    return torch.cat(rows)
+
+
 @torch.no_grad()
-def softmax_targets(logits_NP: Tensor, center_P: Tensor, temp: float | Tensor) -> SoftTargets:
+def softmax_targets(logits: Tensor | Logits, center_P: Tensor, temp: float | Tensor) -> SoftTargets:
     """Return softmax((logits - center) / temp) as targets, for one pass over the logits.
 
     Args:
-        logits_NP: Teacher logits.
+        logits: Teacher logits, as for ``sinkhorn``.
         center_P: Subtracted from every row.
         temp: Teacher temperature above 0; in a compiled step a tensor.
 
@@ -370,17 +393,17 @@ def softmax_targets(logits_NP: Tensor, center_P: Tensor, temp: float | Tensor) -
     Raises:
         ValueError: A shape or dtype does not fit the others.
     """
-    temp = _as_temp(temp, logits_NP)
+    source = _as_logits(logits)
+    temp = _as_temp(temp, source.rows_NX)
     prototype_P = -center_P.to(temp.dtype) / temp
-    row_N = -row_logsumexp(logits_NP, prototype_P, temp)
-    return SoftTargets(logits_NP.detach(), prototype_P, row_N, temp)
+    return SoftTargets(*source, prototype_P, _rows(source, prototype_P, temp), temp)
 
 
-def _as_temp(temp: float | Tensor, logits_NP: Tensor) -> Tensor:
-    dtype = _sum_dtype(logits_NP)
+def _as_temp(temp: float | Tensor, rows_NX: Tensor) -> Tensor:
+    dtype = _sum_dtype(rows_NX)
     if isinstance(temp, Tensor):
-        return temp.to(logits_NP.device, dtype)
-    return logits_NP.new_full((), temp, dtype=dtype)  # filled on the device, not copied there
+        return temp.to(rows_NX.device, dtype)
+    return rows_NX.new_full((), temp, dtype=dtype)  # filled on the device, not copied there
 
 
 def _merge_processes(lses: list[Tensor], group: dist.ProcessGroup) -> list[Tensor]:

@@ -6,7 +6,7 @@ Shape suffixes: N rows, P prototypes.
 import torch
 from torch import Tensor, nn
 
-from tapct_kernels import SoftTargets, softmax_targets
+from tapct_kernels import Logits, SoftTargets, softmax_targets
 
 
 class SoftmaxCenter(nn.Module):
@@ -22,9 +22,9 @@ class SoftmaxCenter(nn.Module):
         self.momentum = momentum
         self.register_buffer("center_P", torch.zeros(num_prototypes))
 
-    def forward(self, logits_NP: Tensor, temp: float | Tensor) -> SoftTargets:
+    def forward(self, logits: Tensor | Logits, temp: float | Tensor) -> SoftTargets:
         """Return targets under the center of the steps before."""
-        return softmax_targets(logits_NP, self.center_P, temp)
+        return softmax_targets(logits, self.center_P, temp)
 
     @torch.no_grad()
     def move(self, mean_P: Tensor, is_sound: Tensor) -> None:

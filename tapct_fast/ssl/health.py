@@ -77,7 +77,7 @@ def measure(evidence: Evidence) -> dict[str, Tensor]:
 
 
 def _of_targets(head: str, targets: SoftTargets) -> dict[str, Tensor]:
-    thinned = targets._replace(logits_NP=thin(targets.logits_NP), row_N=thin(targets.row_N)).dense()
+    thinned = targets._replace(rows_NX=thin(targets.rows_NX), row_N=thin(targets.row_N)).dense()
     entropy = target_entropy(thinned)
     return {
         f"teacher_entropy_{head}": entropy,

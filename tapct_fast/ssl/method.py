@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tapct_fast.config import HeadsConfig, HuConfig, LossConfig, VitConfig
@@ -26,7 +27,7 @@ from tapct_fast.ssl.dino import dino_loss
 from tapct_fast.ssl.gram import Anchor, gram_loss
 from tapct_fast.ssl.ibot import ibot_loss
 from tapct_fast.ssl.koleo import koleo_loss
-from tapct_kernels import SoftTargets, masked_gather, sinkhorn
+from tapct_kernels import Logits, SoftTargets, masked_gather, sinkhorn
 
 
 class Losses(NamedTuple):
@@ -224,13 +225,15 @@ class DinoMethod(nn.Module):
             for head in heads
             if head
         ]
-        logits = [projection.logits() for projection in rows]
+        # Of the cls tokens there are few: their logits are always stored.
+        logits: list[Tensor | Logits] = [
+            p.product() if i and self.config.recompute_ibot_logits else p.logits()
+            for i, p in enumerate(rows)
+        ]
         mean_logits = []
         if self.centers:
-            targets = [
-                center(l_NP, temp) for center, l_NP in zip(self.centers, logits, strict=False)
-            ]
-            mean_logits = [_mean_over_rows(l_NP, group) for l_NP in logits]
+            targets = [center(of, temp) for center, of in zip(self.centers, logits, strict=False)]
+            mean_logits = [_mean_logits(projection, group) for projection in rows]
         else:
             targets = sinkhorn(logits, temp, group=group)
         split = [_split(t, len(encoded)) for t in targets]
@@ -290,15 +293,6 @@ class DinoMethod(nn.Module):
         losses = Losses(total, dino.global_views, dino.local_views, ibot, koleo, gram)
         return losses, cls_ND.detach()
 
-    def losses(
-        self, batch: ViewBatch, *, teacher_temp: float | Tensor, kept: Kept | None = None
-    ) -> Losses:
-        """Return the losses of a step of one micro-batch and one process."""
-        with torch.no_grad():
-            encoded = self.target_networks.encode_teacher(batch)
-        (targets,) = self.targets([encoded], teacher_temp).of_micro_batches
-        return self.student_losses(batch, targets, kept)[0]
-
 
 def _as_volumes(views_VBZYX: Tensor) -> Tensor:
     return views_VBZYX.flatten(0, 1).unsqueeze(1)
@@ -312,16 +306,18 @@ def _parts(rows_NK: Tensor, num: int) -> Tensor:
 def _split(targets: SoftTargets, num: int) -> list[SoftTargets]:
     """Return the targets of each of ``num`` micro-batches, which have equally many rows."""
     return [
-        targets._replace(logits_NP=logits_NP, row_N=row_N)
-        for logits_NP, row_N in zip(
-            targets.logits_NP.chunk(num), targets.row_N.chunk(num), strict=True
-        )
+        targets._replace(rows_NX=rows_NX, row_N=row_N)
+        for rows_NX, row_N in zip(targets.rows_NX.chunk(num), targets.row_N.chunk(num), strict=True)
     ]
 
 
-def _mean_over_rows(logits_NP: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    mean_P = logits_NP.mean(dim=0, dtype=torch.promote_types(logits_NP.dtype, torch.float32))
+def _mean_logits(rows: Projection, group: dist.ProcessGroup | None) -> Tensor:
+    """Return the mean over the rows of all processes: the logits of the mean row."""
+    features_NK, prototypes_PK = rows
+    dtype = torch.promote_types(features_NK.dtype, torch.float32)
+    mean_K = features_NK.mean(0, dtype=dtype)
     if group is not None:
-        dist.all_reduce(mean_P, group=group)
-        mean_P /= dist.get_world_size(group)
-    return mean_P
+        dist.all_reduce(mean_K, group=group)
+        mean_K /= dist.get_world_size(group)
+    with torch.autocast(mean_K.device.type, enabled=False):
+        return F.linear(mean_K, prototypes_PK.to(dtype))

@@ -46,7 +46,7 @@ _BESIDE = ("dino_center.", "ibot_center.", "anchor.")
 # How fast a run is, and when it gives up, never what a healthy step computes: a resume may change
 # these. So it may change how a step is dealt out, which only rounds otherwise.
 _FREE = ("train.num_workers", "train.read_timeout", _GUARD)
-_DEALT = ("train.accumulate", "train.parallel")
+_DEALT = ("train.accumulate", "train.parallel", "losses.recompute_ibot_logits")
 
 
 class DamagedError(CheckpointError):

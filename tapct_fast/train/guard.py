@@ -165,7 +165,7 @@ def explain(
     elif bad:
         cause = (
             "views and weights are finite, so the numbers overflowed on the way; "
-            "lower schedule.base_lr or use train.precision=fp32"
+            "begin a new run with a lower schedule.base_lr or train.precision=fp32"
         )
     else:
         numbers = ", ".join(f"{name} {value:.4g}" for name, value in named.items())

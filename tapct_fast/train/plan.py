@@ -68,7 +68,7 @@ class Memory(NamedTuple):
     adam: int
     teacher: int
     views: int  # of the micro-batches of a step and of those made ahead
-    logits: int  # of the teacher, for all rows of the rank's step
+    logits: int  # of the teacher, stored for the rank's step
     saved: int  # for the backward pass of one micro-batch, counted on the step; views left out
 
     @property
@@ -254,7 +254,8 @@ def _memory(config: Config, parameters: Parameters, num_groups: int, *, saved: i
     size = 4 if config.train.precision == "fp32" else 2  # under autocast logits are float16
     heads = config.heads
     logits = config.views.global_views.num * micro * heads.dino.num_prototypes
-    logits += num_groups * _num_masked(config) * (heads.ibot or heads.dino).num_prototypes
+    if not config.losses.recompute_ibot_logits:
+        logits += num_groups * _num_masked(config) * (heads.ibot or heads.dino).num_prototypes
     return Memory(
         weights=4 * parameters.total,
         gradients=4 * parameters.total,

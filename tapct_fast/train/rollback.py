@@ -55,15 +55,15 @@ def roll_back(
         raise TrainError(
             f"step {step} is the last of {in_a_row} skipped steps in a row, and the run has gone "
             f"back {rollbacks} times, as often as guard.max_rollbacks allows. Other data did not "
-            "help: replay a step of incidents.jsonl, then lower schedule.base_lr or look for "
-            "damaged hardware"
+            "help: replay a step of incidents.jsonl, then begin a new run from this one (--start) "
+            "with a lower schedule.base_lr, or look for damaged hardware"
         )
     target = load_latest(run, directory, notify=notify, at_most=step - in_a_row, rank=rank)
     if target == 0:
         raise TrainError(
             f"step {step} is the last of {in_a_row} skipped steps in a row and there is no "
-            "checkpoint before them to go back to: replay a step of incidents.jsonl, then lower "
-            "schedule.base_lr or lengthen schedule.warmup_steps"
+            "checkpoint before them to go back to: replay a step of incidents.jsonl, then begin a "
+            "new run with a lower schedule.base_lr or a longer schedule.warmup_steps"
         )
     # The checkpoint may be older than a roll-back before this one, and knows less.
     run.guard.skipped.fill_(verdict.skipped)

@@ -1,5 +1,6 @@
 """Sinkhorn-Knopp and softmax targets against NumPy in float64, their kernels, processes, memory."""
 
+import os
 import subprocess
 import sys
 from functools import partial
@@ -12,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tapct_kernels import sinkhorn, sinkhorn_ref, softmax_targets, tuning
+from tapct_kernels import Logits, sinkhorn, sinkhorn_ref, softmax_targets, tuning
 from tapct_kernels.sinkhorn import (
     _prototype_triton,
     _row_triton,
@@ -21,6 +22,7 @@ from tapct_kernels.sinkhorn import (
     row_logsumexp,
     row_logsumexp_ref,
 )
+from tapct_kernels.soft_targets import PRODUCTS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # the interpreter takes CPU tensors
 OPS = [prototype_logsumexp, row_logsumexp]
@@ -84,6 +86,34 @@ def test_each_tensor_is_balanced_by_itself() -> None:
         assert torch.equal(targets.dense(), sinkhorn([alone], 0.05)[0].dense())
 
 
+@pytest.mark.parametrize("rows", [1, 4, 10])  # of a part: one, less than one, two and a half parts
+def test_products_are_balanced_like_stored_logits(
+    rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(PRODUCTS, "cpu", 4 * 30)
+    product = Logits(sample(rows, 7).double(), sample(30, 7).double())
+    stored = product.stored(torch.float64)
+    assert torch.equal(stored, product.rows_NX @ product.weights_PK.T)
+    assert len(product.parts()) == -(-rows // 4)
+    assert Logits(stored).parts() == [slice(0, rows)]
+    for found, expected in (
+        (sinkhorn([product], 0.05)[0], sinkhorn([stored], 0.05)[0]),
+        (
+            softmax_targets(product, draw_factor(30), 0.05),
+            softmax_targets(stored, draw_factor(30), 0.05),
+        ),
+    ):
+        assert found.rows_NX.shape == (rows, 7)
+        torch.testing.assert_close(found.dense(), expected.dense(), rtol=1e-10, atol=0)
+
+
+def test_products_are_stored_in_16_bits_part_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PRODUCTS, "cpu", 4 * 30)
+    product = Logits(sample(10, 7), sample(30, 7))
+    expected = (product.rows_NX @ product.weights_PK.T).half()
+    torch.testing.assert_close(product.stored(torch.float16), expected, rtol=1e-3, atol=0)
+
+
 def test_rows_sum_to_one_and_prototypes_are_used_equally() -> None:
     targets_NP = sinkhorn([sample(64, 16).double()], 0.07, num_iter=50)[0].dense()
     torch.testing.assert_close(targets_NP.sum(1), torch.ones(64, dtype=torch.float64))
@@ -122,7 +152,7 @@ def test_targets_keep_the_logits_and_no_gradient() -> None:
     logits_NP = sample(4, 8).requires_grad_()
     before = logits_NP.detach().clone()
     (targets,) = sinkhorn([logits_NP], 0.05)
-    assert targets.logits_NP.data_ptr() == logits_NP.data_ptr()
+    assert targets.rows_NX.data_ptr() == logits_NP.data_ptr()
     assert not targets.dense().requires_grad
     assert torch.equal(logits_NP, before)
 
@@ -191,7 +221,7 @@ def test_ops_pass_opcheck(axis: int, layout: str) -> None:
 
 def test_sinkhorn_compiles_to_one_graph_for_every_temperature() -> None:
     compiled = torch.compile(sinkhorn, fullgraph=True, backend="aot_eager")
-    logits = [sample(4, 12), sample(9, 12)]
+    logits = [sample(4, 12), sample(9, 12), Logits(sample(5, 3), sample(12, 3))]
     with torch._dynamo.config.patch(error_on_recompile=True):
         for temp in (torch.tensor(0.04), torch.tensor(0.07)):
             for found, expected in zip(compiled(logits, temp), sinkhorn(logits, temp), strict=True):
@@ -225,12 +255,13 @@ def test_no_round_is_refused() -> None:
 PROCESS = """
 import sys
 import torch, torch.distributed as dist
-from tapct_kernels import sinkhorn
+from tapct_kernels import Logits, sinkhorn
 store, rank, world = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 torch.set_num_threads(1)
 dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=world)
 inputs = torch.load(store + ".inputs")
 logits = [whole.chunk(world)[rank] for whole in inputs]
+logits.append(Logits(logits[1], torch.eye(20)))  # stored and as a product
 calls = []
 wrapped = dist.all_reduce
 dist.all_reduce = lambda tensor, *a: (calls.append(tensor.numel()), wrapped(tensor, *a))
@@ -251,18 +282,18 @@ def test_processes_balance_their_rows_together(world: int, tmp_path: Path) -> No
     ]
     assert [p.wait(timeout=100) for p in processes] == [0] * world
     results = [torch.load(f"{store}.{rank}") for rank in range(world)]
-    for i, expected in enumerate(sinkhorn(inputs, 0.05)):
+    for i, expected in enumerate(sinkhorn([*inputs, inputs[1]], 0.05)):
         found = torch.cat([dense[i] for dense, _ in results])
         # exponents up to 1,000 in the second tensor: float32 steps of 6e-5
         torch.testing.assert_close(found, expected.dense(), rtol=1e-3, atol=1e-6)
-    # both tensors in one buffer: a maximum and a sum for each of three rounds
-    assert all(calls == [50] * 6 for _, calls in results)
+    # all tensors in one buffer: a maximum and a sum for each of three rounds
+    assert all(calls == [70] * 6 for _, calls in results)
 
 
 PEAK = """
 import sys
 import torch
-from tapct_kernels import sinkhorn, sinkhorn_ref
+from tapct_kernels import Logits, sinkhorn, sinkhorn_ref, soft_targets
 torch.set_num_threads(1)
 
 def kilobytes(field):
@@ -270,7 +301,14 @@ def kilobytes(field):
     return next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 logits = torch.randn(1024, 8192, generator=torch.Generator().manual_seed(0)).half()
-call = {"op": lambda l: sinkhorn([l], 0.05), "eager": lambda l: sinkhorn_ref(l, 0.05)}[sys.argv[1]]
+call = {
+    "op": lambda l: sinkhorn([l], 0.05),
+    "eager": lambda l: sinkhorn_ref(l, 0.05),
+    "product": lambda f: sinkhorn([Logits(f, weights)], 0.05),
+}[sys.argv[1]]
+if sys.argv[1] == "product":
+    logits, weights = torch.randn(4096, 64), torch.randn(8192, 64)
+    soft_targets.PRODUCTS["cpu"] = 2**18
 call(logits[:64])  # what torch loads and malloc sets up at first use, some 8 MB, is not the op's
 open("/proc/self/clear_refs", "w").write("5")  # VmHWM starts anew
 before = kilobytes("VmRSS")
@@ -283,11 +321,15 @@ print(kilobytes("VmHWM") - before)
 def test_op_needs_a_tenth_of_the_memory_of_the_eager_definition() -> None:
     def peak(variant: str) -> int:
         command = [sys.executable, "-c", PEAK, variant]
-        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        # glibc's heap would keep most of what small tensors free
+        environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+        return int(done.stdout)
 
     eager = peak("eager")
     assert eager > 3 * 1024 * 8192 * 4 / 1024 * 0.9  # three float32 copies
     assert peak("op") <= 0.1 * eager
+    assert peak("product") <= 0.1 * 4096 * 8192 * 4 / 1024  # of the logits of 4096 rows alone
 
 
 @pytest.mark.gpu

@@ -25,7 +25,7 @@ def soft_targets(target_VBP: torch.Tensor) -> SoftTargets:
     target_NP = target_VBP.flatten(0, 1)
     N, P = target_NP.shape
     zeros_N, zeros_P = target_NP.new_zeros(N), target_NP.new_zeros(P)
-    return SoftTargets(target_NP.log(), zeros_P, zeros_N, target_NP.new_ones(()))
+    return SoftTargets(target_NP.log(), None, zeros_P, zeros_N, target_NP.new_ones(()))
 
 
 @pytest.mark.parametrize("num_local", [8, 3, 0])

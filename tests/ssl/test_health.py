@@ -70,7 +70,7 @@ def test_measured_numbers_are_their_formulas(rng: np.random.Generator) -> None:
     expected: dict[str, float] = {}
     for name, soft in (("dino", given.dino), ("ibot", given.ibot)):
         assert soft is not None
-        scaled = soft.logits_NP.double().numpy() / 0.1
+        scaled = soft.rows_NX.double().numpy() / 0.1
         p = np.exp(scaled) / np.exp(scaled).sum(1, keepdims=True)
         entropy = -(p * np.log(p)).sum(1).mean()
         expected[f"teacher_entropy_{name}"] = entropy

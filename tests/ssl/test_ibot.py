@@ -13,7 +13,9 @@ from tapct_kernels import SoftTargets
 def soft_targets(target: torch.Tensor) -> SoftTargets:
     """Targets as logits of temperature 1."""
     M, P = target.shape
-    return SoftTargets(target.log(), target.new_zeros(P), target.new_zeros(M), target.new_ones(()))
+    return SoftTargets(
+        target.log(), None, target.new_zeros(P), target.new_zeros(M), target.new_ones(())
+    )
 
 
 def test_loss_equals_the_mean_over_views_of_the_mean_over_masked_tokens() -> None:

@@ -207,6 +207,15 @@ def test_another_backend_is_announced(config: Config, tmp_path: Path) -> None:
     assert lines == ["resuming, but not bit for bit: backend cpu float32 -> cuda bfloat16"]
 
 
+def test_a_resume_may_compute_the_logits_anew_and_says_so(config: Config, tmp_path: Path) -> None:
+    save(run_of(config), tmp_path, 1)
+    losses = dataclasses.replace(config.losses, recompute_ibot_logits=True)
+    lines: list[str] = []
+    other = run_of(dataclasses.replace(config, losses=losses))
+    assert load_latest(other, tmp_path, notify=lines.append) == 1
+    assert lines == ["resuming, but not bit for bit: losses.recompute_ibot_logits False -> True"]
+
+
 def test_a_checkpoint_of_a_later_release_is_refused_and_left_alone(
     config: Config, tmp_path: Path
 ) -> None:

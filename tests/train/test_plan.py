@@ -134,7 +134,7 @@ def test_bytes_are_those_of_a_real_step(tiny_config: Config, tiny_store: Path) -
     state = [t for s in run.optimizer.state.values() for t in s.values()]
     assert size(state) - memory.adam == 4 * len(student)  # a count of steps for each
     assert memory.views == 3 * size(views[:2])  # one at work, two ahead
-    assert memory.logits == size([targets.dino.logits_NP, targets.ibot.logits_NP])
+    assert memory.logits == size([targets.dino.rows_NX, targets.ibot.rows_NX])
     assert memory.saved == saved + size(losses)
     assert memory.total == sum(memory)
 

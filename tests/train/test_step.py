@@ -25,6 +25,7 @@ from tapct_fast.data.pipeline import ViewBatch
 from tapct_fast.ssl.method import DinoMethod, Losses
 from tapct_fast.ssl.schedules import step_values
 from tapct_fast.train.step import train_step
+from tapct_kernels.soft_targets import PRODUCTS
 
 
 def test_gradients_are_the_mean_over_micro_batches_under_targets_of_the_whole_step(
@@ -115,6 +116,19 @@ def test_the_host_need_not_wait_for_the_verdict(tiny_config: Config) -> None:
     for one, other in zip(*snapshots, strict=True):
         # The same formula, in another kernel for the teacher.
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("compile", ["off", "on"])
+def test_logits_computed_anew_give_the_losses_of_stored_ones(
+    tiny_config: Config, compile: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored = losses_of_steps(tiny_config, 10, compile=compile)
+    losses = dataclasses.replace(tiny_config.losses, recompute_ibot_logits=True)
+    # several parts
+    monkeypatch.setitem(PRODUCTS, "cpu", 7 * tiny_config.heads.dino.num_prototypes)
+    again = losses_of_steps(dataclasses.replace(tiny_config, losses=losses), 10, compile=compile)
+    assert not torch.equal(again, stored)
+    torch.testing.assert_close(again, stored, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("checkpointing", ["selective", "full"])

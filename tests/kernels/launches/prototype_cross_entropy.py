@@ -20,6 +20,7 @@ def _launch(head: str, dtype: torch.dtype, *, backward: bool) -> object:
         vector_S.new_empty(S, K, dtype=dtype),
         vector_S.new_empty(P, K),
         vector_S.new_empty(N, P, dtype=torch.float32 if dtype == torch.float32 else torch.float16),
+        None,
         *(vector_S.new_empty(shape) for shape in ((P,), (N,), ())),
         vector_S.new_empty(S, J, dtype=torch.int64),
         vector_S.new_empty(S, J),
