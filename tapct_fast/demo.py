@@ -6,8 +6,6 @@ compared is one architecture with two sets of weights: as the run started and as
 
 import dataclasses
 import json
-import os
-import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,12 +16,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from tapct_fast import __version__, recipes
+from tapct_fast import recipes
 from tapct_fast.backbone.backbone import Backbone
 from tapct_fast.backbone.export import export_backbone
 from tapct_fast.backbone.load import load_backbone
 from tapct_fast.config import Config
 from tapct_fast.data.phantom import HU_TWINS, LABEL_NAMES, write_phantoms
+from tapct_fast.demo_report import Report, Score, write_report
 from tapct_fast.downstream.dice import ProbeResult
 from tapct_fast.downstream.encode import embed_volume
 from tapct_fast.downstream.features import Features
@@ -40,7 +39,7 @@ from tapct_fast.io.quarantine import last_refusal
 from tapct_fast.io.read import find_scans, read_labels, read_volume
 from tapct_fast.io.volume import Volume
 from tapct_fast.monitor.losses import head_losses
-from tapct_fast.report import Figure, Interval, Report, Rgb, Score, write_report
+from tapct_fast.report import Figure, Interval, Rgb, environment_facts
 from tapct_fast.train.log import METRICS
 from tapct_fast.train.loop import init_method, train
 
@@ -380,16 +379,8 @@ def _describe(
 
 
 def _facts(config: Config) -> list[tuple[str, str]]:
-    is_cuda, settings = torch.cuda.is_available(), config.train
-    device = torch.cuda.get_device_name() if is_cuda else f"CPU, {platform.machine()}"
-    vit = config.vit
+    vit, settings = config.vit, config.train
     return [
-        ("device", f"{device}, {torch.get_num_threads()} threads of {os.cpu_count()} cores"),
-        ("tapct_fast", f"{__version__}, commit {_commit() or 'unknown'}"),
-        (
-            "python, torch, numpy",
-            f"{platform.python_version()}, {torch.__version__}, {np.__version__}",
-        ),
         (
             "backbone",
             f"width {vit.dim}, {vit.depth} blocks, patches of {vit.patch_zyx} voxels (z, y, x)",
@@ -399,6 +390,8 @@ def _facts(config: Config) -> list[tuple[str, str]]:
             f"{settings.num_steps} steps of {settings.batch_size} crops, seed {settings.seed}",
         ),
         ("embedding", f"slices resampled to about {PIXEL_MM:g} mm, sliding windows along depth"),
+        ("commit", _commit() or "unknown"),
+        *environment_facts(),
     ]
 
 

@@ -73,7 +73,7 @@ def test_every_verb_runs_from_scans_to_probe(
     scores = [json.loads(row) for row in (Path(run) / "probe.jsonl").read_text().splitlines()]
     assert {row["step"] for row in scores} == {2, 3}
     assert "linear" in scores[-1]
-    assert "at step 3 of 3" in (Path(run) / "dashboard.html").read_text()
+    assert "at step 3 of 3" in (Path(run) / "report.html").read_text()
     capsys.readouterr()
     assert main(["watch", run, "--once"]) == 70  # TINY has fewer steps than the last layer waits
     view = capsys.readouterr().out
@@ -90,12 +90,34 @@ def test_every_verb_runs_from_scans_to_probe(
     assert "embedded 3, already there 0, quarantined 0" in capsys.readouterr().out
     assert main(["embed", backbone, *scans, "--out", features]) == 0
     assert "embedded 0, already there 3, quarantined 0" in capsys.readouterr().out
+    groups = ["embed", backbone, str(folder / "scans"), "--out", f"{features}-zarr"]
+    assert main([*groups, "--format", "zarr", "--timeout", "60", "--memory", "0.1", "--json"]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    numbers = json.loads(line)
+    assert (numbers["embedded"], numbers["quarantined_by_code"]) == (3, {"integrity": 1})
+    assert numbers == json.loads((Path(f"{features}-zarr") / "progress.json").read_text())
+    assert main([*groups, "--workers", "2"]) == 2
+    assert "go with --engine ray" in capsys.readouterr().err
+    assert main([*groups, "--overlap", "0.25"]) == 2
+    assert "another overlap" in capsys.readouterr().err
+    (refused,) = Path(f"{features}-zarr", "quarantine.jsonl").read_text().splitlines()
+    case = json.loads(refused)["case"]
+    assert main(["locate", f"{features}-zarr", case, str(folder / "scans")]) == 0
+    assert capsys.readouterr().out.strip() == str(folder / "scans" / "3.nii.gz")
 
-    assert main(["probe", features, "--folds", "3", "--labels", *labels]) == 0
+    rows = zip(scans, labels, strict=True)
+    cases = folder / "cases.csv"
+    cases.write_text("scan,labels\n" + "".join(f"{scan},{label}\n" for scan, label in rows))
+    probe = ["probe", str(cases), "--backbone", backbone, "--folds", "3", "--out", f"{run}-probe"]
+    assert main([*probe, "--backbone", "untrained=random:debug", "intensity"]) == 0
     table = capsys.readouterr().out
-    assert "linear head" in table
-    assert "kNN" in table
-    assert "3-fold cross-validation over scans" in table
+    assert "| score" in table
+    assert "| untrained" in table
+    assert "minus rival, paired over patients" in table
+    assert "3 folds over patients." in table
+    assert "encoded 9; see report.html" in table
+    assert main([*probe, "--shots", "1"]) == 0
+    assert "encoded 0; see report.html" in capsys.readouterr().out
 
     assert main(["doctor"]) == 0
     assert re.search(r"^inflate +(libdeflate|zlib-ng) [0-9]", capsys.readouterr().out, re.M)
@@ -184,7 +206,7 @@ def test_a_wrong_argument_is_one_line_and_exit_code_2(
         (["pack"], "see tapct-fast pack --help"),
         (["pack", missing, out], "SRC does not exist"),
         (["pack", str(empty), out], "folder without scans"),
-        (["embed", store, missing, missing, "--out", out], "SCAN 1 of 2 does not exist"),
+        (["embed", store, missing, missing, "--out", out], "ARCHIVE 1 of 2 does not exist"),
         (["train", "vit-x", store, "--out", out], "recipes: debug, vit-s, vit-b"),
         (
             ["train", "debug", store, "--out", out, "--vit.dpeth", "3"],
@@ -204,7 +226,8 @@ def test_a_wrong_argument_is_one_line_and_exit_code_2(
         (["watch", str(empty)], "DIR holds no run"),
         (["watch", out, "--every", "0"], "0 is not a positive number"),
         (["embed", missing, str(folder / "scans" / "0.nii.gz"), "--out", out], "hub id"),
-        (["probe", missing, "--labels", str(folder / "labels-0.nii.gz")], "does not exist"),
+        (["probe", missing, "--backbone", "intensity", "--out", out], "DATASET does not exist"),
+        (["probe", str(folder), "--backbone", "intensity", "--out", out], "neither a folder with"),
         (["doctor", "--all"], "unrecognized arguments: --all"),
     ]
     for words, message in cases:
@@ -347,8 +370,8 @@ def test_help_of_each_verb_says_what_it_needs(capsys: pytest.CaptureFixture[str]
         "watch": "[--once] [--json] DIR",
         "export": "RUN OUT",
         "check": "[--slices N] [--json FILE]",
-        "embed": "BACKBONE SCAN",
-        "probe": "--labels LABELS",
+        "embed": "BACKBONE ARCHIVE",
+        "probe": "--backbone B [B ...]",
         "doctor": "usage: tapct-fast doctor",
     }
     for verb, words in wanted.items():

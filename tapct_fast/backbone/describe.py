@@ -4,17 +4,20 @@ No fact holds a path.
 """
 
 import json
+import os
 import platform
 import re
+import sys
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 
-from tapct_fast import __version__
+from tapct_fast import __version__, _native
 from tapct_fast.backbone.architecture import canonical_names
 from tapct_fast.backbone.backbone import Backbone
 from tapct_fast.backbone.load import BackboneFiles
+from tapct_fast.backbone.model_card import UNKNOWN_LICENSE
 from tapct_fast.backbone.schema import read_weights_sha256
 from tapct_fast.io.atomic import sha256_file
 
@@ -44,7 +47,7 @@ def describe(backbone: Backbone, files: BackboneFiles) -> dict[str, str]:
         "licence of the weights": stated_license(files) or "not stated: ask the publisher",
         "versions": f"tapct-fast {__version__}, torch {torch.__version__}, "
         f"python {platform.python_version()}",
-        "device": _device_fact(backbone.device),
+        "device": device_text(backbone.device),
     }
 
 
@@ -77,7 +80,7 @@ def stated_license(files: BackboneFiles) -> str | None:
             text = file.read(1 << 16).decode(errors="replace")
         front = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
         entry = re.search(r"^license:[ \t]*(\S.*)$", front[1], re.MULTILINE) if front else None
-        if entry:
+        if entry and _plain(entry[1]) != UNKNOWN_LICENSE:
             return f"{_plain(entry[1])} (README.md)"
     if files.config is not None:
         stated = json.loads(files.config.read_bytes()).get("license")
@@ -91,7 +94,26 @@ def _plain(text: str) -> str:
     return re.sub(r"[^ -~]|[|`]", "?", text.strip().strip("'\""))[:80]
 
 
-def _device_fact(device: torch.device) -> str:
+def environment(device: torch.device | None = None) -> dict[str, str]:
+    """Return what this process runs on, by name: no path, no host, no user.
+
+    Args:
+        device: What computes; by default CUDA where there is one, else the CPU.
+    """
+    place = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    cuda = "with CUDA" if _native.has_cuda else "without CUDA"
+    return {
+        "tapct-fast": __version__,
+        "torch": torch.__version__,
+        "python": f"{platform.python_version()} on {sys.platform} {platform.machine()}",
+        "device": device_text(place),
+        "cores": str(os.cpu_count()),
+        "native build": f"{_native.inflate_backend()}, c-blosc2 {_native.blosc2_version()}, {cuda}",
+    }
+
+
+def device_text(device: torch.device) -> str:
+    """Return the name of a GPU or of the processor, and what it computes with."""
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
     info = Path("/proc/cpuinfo")

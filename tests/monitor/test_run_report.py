@@ -3,20 +3,17 @@
 import dataclasses
 import json
 import math
-import os
 import re
-import shutil
-import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
+from browser import Browser
 
-from tapct_fast.monitor import dashboard
-from tapct_fast.monitor.dashboard import PAGE, Dashboard, render_dashboard
+from tapct_fast.monitor import run_report
 from tapct_fast.monitor.record import Record
+from tapct_fast.monitor.run_report import PAGE, RunReport, render_run_report
 from tapct_fast.train.loop import train
 
 PROBES = [
@@ -28,14 +25,14 @@ PROBES = [
 
 
 def test_the_page_says_how_the_run_is_and_shows_every_number(steady: Record) -> None:
-    page = render_dashboard(steady._replace(probes=PROBES), is_running=True)
+    page = render_run_report(steady._replace(probes=PROBES), is_running=True)
     assert "Healthy at step 100 of 400" in page
     assert "of 400, 6:40 to go" in page
     for text in (
         "uniform: ln 128 = 4.85",
         "clip: 3",
         "effective_rank",
-        "0.460 to 0.550",
+        "0.46 to 0.55",
         "width 128",
     ):
         assert text in page
@@ -48,7 +45,7 @@ def test_the_page_says_how_the_run_is_and_shows_every_number(steady: Record) -> 
 
 def test_a_sick_run_is_red_and_says_why_on_top(steady: Record) -> None:
     rows = [{**row, "effective_rank": 1.0} for row in steady.rows]
-    page = render_dashboard(steady._replace(rows=rows), is_running=True)
+    page = render_run_report(steady._replace(rows=rows), is_running=True)
     assert "Not healthy at step 100 of 400: 1 problem" in page
     assert re.search(r"\.lead\{border-left-color:#b91c1c", page)
     assert page.index("features have collapsed") < page.index("<h2>Losses")
@@ -57,27 +54,43 @@ def test_a_sick_run_is_red_and_says_why_on_top(steady: Record) -> None:
 def test_the_page_refers_to_nothing_outside_and_reloads_only_while_the_run_goes_on(
     steady: Record,
 ) -> None:
-    page = render_dashboard(steady, is_running=True)
+    page = render_run_report(steady, is_running=True)
     assert page.count("<script>") == 1
     assert "location.reload()" in page
     assert not re.search(r"https?:|@import|url\(|file:|src=", page)
-    ended = render_dashboard(steady, is_running=False)
+    ended = render_run_report(steady, is_running=False)
     assert "<script" not in ended
-    assert "Stopped at" in ended
+    assert "Not finished" in ended
     done = dataclasses.replace(steady.config.train, num_steps=100)
     config = dataclasses.replace(steady.config, train=done)
-    assert "Finished" in render_dashboard(steady._replace(config=config), is_running=False)
+    assert "Finished" in render_run_report(steady._replace(config=config), is_running=False)
 
 
 def test_a_page_without_rows_or_with_broken_numbers_is_a_page(steady: Record) -> None:
-    assert "No step has been logged" in render_dashboard(steady._replace(rows=[]), is_running=True)
+    assert "No step has been logged" in render_run_report(steady._replace(rows=[]), is_running=True)
     rows = [{**row, "loss": math.nan, "koleo": math.inf} for row in steady.rows[:1]]
-    assert "not a finite number" in render_dashboard(steady._replace(rows=rows), is_running=True)
+    assert "not a finite number" in render_run_report(steady._replace(rows=rows), is_running=True)
+
+
+def test_records_beside_the_rows_may_be_of_any_kind(steady: Record) -> None:
+    incidents = [
+        {"kind": "skip", "step": 1200, "cause": "<b>not finite</b>", "checkpoint": ""},
+        {"kind": "roll back", "step": 1300, "cause": "many", "checkpoint": "step-00001000"},
+        {"step": 1400, "checkpoint": None},
+    ]
+    sessions = [{"step": 0}, {"step": 70, "num_scans": "many", "environment": 3, "store": "<i>"}]
+    record = steady._replace(incidents=incidents, sessions=sessions, num_damaged=2)
+    page = render_run_report(record, is_running=False)
+    text = re.sub(r"(<[^>]+>)+", "|", page)
+    assert "|1,200|skipped|&lt;b&gt;not finite&lt;/b&gt;|the start|" in text
+    assert "|1,300|went back|many|step 1,000|" in text
+    assert "fingerprint &lt;i&gt;" in text
+    assert "|scans|not recorded|" in text
 
 
 def test_the_page_of_a_long_run_stays_small(steady: Record) -> None:
     rows = [{**steady.rows[0], "step": n, "koleo": math.sin(n)} for n in range(1, 12501)]
-    page = render_dashboard(steady._replace(rows=rows), is_running=True)
+    page = render_run_report(steady._replace(rows=rows), is_running=True)
     assert len(page) < 1_000_000
 
 
@@ -86,7 +99,7 @@ def test_an_observed_run_leaves_a_page_of_its_end(
 ) -> None:
     short = dataclasses.replace(healthy.config.train, num_steps=3, checkpoint_every=2)
     config = dataclasses.replace(healthy.config, train=short)
-    train(config, store, tmp_path, device="cpu", observers=[Dashboard(tmp_path, config)])
+    train(config, store, tmp_path, device="cpu", observers=[RunReport(tmp_path, config)])
     page = (tmp_path / PAGE).read_text()
     assert "at step 3 of 3" in page
     assert "<script" not in page
@@ -97,98 +110,31 @@ def test_it_is_written_at_most_every_ten_seconds_and_knows_the_rows_of_a_resumed
 ) -> None:
     lines = [json.dumps(row) + "\n" for row in steady.rows]
     (tmp_path / "metrics.jsonl").write_text("".join(lines[:50]))
-    page, observer = tmp_path / PAGE, Dashboard(tmp_path, steady.config)
+    page, observer = tmp_path / PAGE, RunReport(tmp_path, steady.config)
     observer.logged(steady.rows[49])
     assert "at step 50 of" in page.read_text()
     observer.logged(steady.rows[50])
     assert "at step 50 of" in page.read_text()
     later = time.monotonic() + 11
-    monkeypatch.setattr(dashboard.time, "monotonic", lambda: later)
+    monkeypatch.setattr(run_report.time, "monotonic", lambda: later)
     observer.logged(steady.rows[51])
     text = page.read_text()
     assert "at step 52 of" in text
-    assert text.count(">1,") == 0
+    assert "step 1," not in text
     observer.logged(steady.rows[52])
     observer.close()
-    assert "Stopped" in page.read_text()
+    assert "Not finished" in page.read_text()
     assert "at step 53 of" in page.read_text()
 
 
 def test_a_page_that_cannot_be_written_does_not_end_the_run(
     tmp_path: Path, steady: Record, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    observer = Dashboard(tmp_path / "gone", steady.config)
+    observer = RunReport(tmp_path / "gone", steady.config)
     for row in steady.rows[:2]:
         observer.logged(row)
     observer.close()
     assert capsys.readouterr().err.count("is not written any more: No such file") == 1
-
-
-class Browser:
-    """A headless Chromium, told what to do through a pipe (DevTools protocol)."""
-
-    def __init__(self, program: str, profile: Path) -> None:
-        (to_read, self._to), (self._from, to_write) = os.pipe(), os.pipe()
-        words = (
-            f"exec {program} --headless --no-sandbox --disable-gpu --remote-debugging-pipe "
-            f"--window-size=1280,800 --user-data-dir={profile} about:blank "
-            f"3<&{to_read} 4>&{to_write}"
-        )
-        self._process = subprocess.Popen(
-            ["bash", "-c", words], pass_fds=(to_read, to_write), stderr=subprocess.DEVNULL
-        )
-        os.close(to_read)
-        os.close(to_write)
-        self._count, self._buffer, self._session = 0, b"", ""
-        pages = self("Target.getTargets")["targetInfos"]
-        target = next(page["targetId"] for page in pages if page["type"] == "page")
-        words_of = {"targetId": target, "flatten": True}
-        self._session = self("Target.attachToTarget", **words_of)["sessionId"]
-
-    def __call__(self, method: str, **params: Any) -> dict[str, Any]:
-        self._count += 1
-        call: dict[str, Any] = {"id": self._count, "method": method, "params": params}
-        if self._session:
-            call["sessionId"] = self._session
-        os.write(self._to, json.dumps(call).encode() + b"\0")
-        while True:
-            while b"\0" not in self._buffer:
-                read = os.read(self._from, 1 << 16)
-                assert read, "the browser ended"
-                self._buffer += read
-            line, _, self._buffer = self._buffer.partition(b"\0")
-            answer = json.loads(line)
-            if answer.get("id") == self._count:
-                assert "error" not in answer, answer
-                result: dict[str, Any] = answer["result"]
-                return result
-
-    def value(self, script: str) -> Any:
-        """Evaluate an expression in the page; None while a new one is being loaded."""
-        result = self("Runtime.evaluate", expression=script, returnByValue=True)["result"]
-        return result.get("value")
-
-    def wait(self, script: str, seconds: float = 20) -> None:
-        end = time.monotonic() + seconds
-        while not self.value(script):
-            assert time.monotonic() < end, f"{script} did not become true"
-            time.sleep(0.1)
-
-    def end(self) -> None:
-        self._process.terminate()
-        self._process.wait(20)
-        os.close(self._to)
-        os.close(self._from)
-
-
-@pytest.fixture
-def browser(tmp_path: Path) -> Iterator[Browser]:
-    program = shutil.which("chromium") or shutil.which("google-chrome")
-    if program is None or not shutil.which("bash"):
-        pytest.skip("no chromium: the page was not opened in a browser")
-    opened = Browser(program, tmp_path / "profile")
-    yield opened
-    opened.end()
 
 
 def faster(page: str) -> str:
@@ -204,7 +150,7 @@ def test_a_browser_draws_the_page_follows_the_run_and_stops_at_its_end(
 ) -> None:
     path = tmp_path / PAGE
     young = steady._replace(rows=steady.rows[:60], probes=PROBES[:1])
-    path.write_text(faster(render_dashboard(young, is_running=True)))
+    path.write_text(faster(render_run_report(young, is_running=True)))
     browser("Runtime.enable")
     browser("Page.navigate", url=path.as_uri())
     browser.wait(SHOWS(60))
@@ -217,12 +163,12 @@ def test_a_browser_draws_the_page_follows_the_run_and_stops_at_its_end(
     assert browser.value("document.documentElement.scrollWidth <= innerWidth")
     browser.value("scrollTo(0, 500)")
 
-    path.write_text(faster(render_dashboard(steady, is_running=True)))
+    path.write_text(faster(render_run_report(steady, is_running=True)))
     browser.wait(SHOWS(100))
     browser.wait("scrollY == 500")
 
-    path.write_text(render_dashboard(steady, is_running=False))
-    browser.wait("document.body?.innerText.includes('Stopped at')")
+    path.write_text(render_run_report(steady, is_running=False))
+    browser.wait("document.body?.innerText.includes('Not finished')")
     browser.value("window.isSame = true")
     time.sleep(1)
-    assert browser.value("window.isSame && scrollY == 500")
+    assert browser.value("window.isSame && scrollY") == 500
