@@ -2,11 +2,13 @@
 
 import locale
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from browser import Browser
 
 # Before any kernel is imported: without a device the kernels run in Triton's interpreter.
 if not torch.cuda.is_available():
@@ -41,3 +43,14 @@ def real_ct() -> Path:
     if not (folder / "nifti").is_dir():
         pytest.skip("no real CT: set TAPCT_TEST_DATA to a folder with nifti/ and dicom/")
     return folder
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """A headless Chromium; tests that need it skip where there is none."""
+    program = shutil.which("chromium") or shutil.which("google-chrome")
+    if program is None or not shutil.which("bash"):
+        pytest.skip("no chromium: the page was not opened in a browser")
+    opened = Browser(program, tmp_path_factory.mktemp("browser"))
+    yield opened
+    opened.end()

@@ -3,16 +3,13 @@
 import dataclasses
 import json
 import math
-import os
 import re
-import shutil
-import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
+from browser import Browser
 
 from tapct_fast.monitor import dashboard
 from tapct_fast.monitor.dashboard import PAGE, Dashboard, render_dashboard
@@ -122,73 +119,6 @@ def test_a_page_that_cannot_be_written_does_not_end_the_run(
         observer.logged(row)
     observer.close()
     assert capsys.readouterr().err.count("is not written any more: No such file") == 1
-
-
-class Browser:
-    """A headless Chromium, told what to do through a pipe (DevTools protocol)."""
-
-    def __init__(self, program: str, profile: Path) -> None:
-        (to_read, self._to), (self._from, to_write) = os.pipe(), os.pipe()
-        words = (
-            f"exec {program} --headless --no-sandbox --disable-gpu --remote-debugging-pipe "
-            f"--window-size=1280,800 --user-data-dir={profile} about:blank "
-            f"3<&{to_read} 4>&{to_write}"
-        )
-        self._process = subprocess.Popen(
-            ["bash", "-c", words], pass_fds=(to_read, to_write), stderr=subprocess.DEVNULL
-        )
-        os.close(to_read)
-        os.close(to_write)
-        self._count, self._buffer, self._session = 0, b"", ""
-        pages = self("Target.getTargets")["targetInfos"]
-        target = next(page["targetId"] for page in pages if page["type"] == "page")
-        words_of = {"targetId": target, "flatten": True}
-        self._session = self("Target.attachToTarget", **words_of)["sessionId"]
-
-    def __call__(self, method: str, **params: Any) -> dict[str, Any]:
-        self._count += 1
-        call: dict[str, Any] = {"id": self._count, "method": method, "params": params}
-        if self._session:
-            call["sessionId"] = self._session
-        os.write(self._to, json.dumps(call).encode() + b"\0")
-        while True:
-            while b"\0" not in self._buffer:
-                read = os.read(self._from, 1 << 16)
-                assert read, "the browser ended"
-                self._buffer += read
-            line, _, self._buffer = self._buffer.partition(b"\0")
-            answer = json.loads(line)
-            if answer.get("id") == self._count:
-                assert "error" not in answer, answer
-                result: dict[str, Any] = answer["result"]
-                return result
-
-    def value(self, script: str) -> Any:
-        """Evaluate an expression in the page; None while a new one is being loaded."""
-        result = self("Runtime.evaluate", expression=script, returnByValue=True)["result"]
-        return result.get("value")
-
-    def wait(self, script: str, seconds: float = 20) -> None:
-        end = time.monotonic() + seconds
-        while not self.value(script):
-            assert time.monotonic() < end, f"{script} did not become true"
-            time.sleep(0.1)
-
-    def end(self) -> None:
-        self._process.terminate()
-        self._process.wait(20)
-        os.close(self._to)
-        os.close(self._from)
-
-
-@pytest.fixture
-def browser(tmp_path: Path) -> Iterator[Browser]:
-    program = shutil.which("chromium") or shutil.which("google-chrome")
-    if program is None or not shutil.which("bash"):
-        pytest.skip("no chromium: the page was not opened in a browser")
-    opened = Browser(program, tmp_path / "profile")
-    yield opened
-    opened.end()
 
 
 def faster(page: str) -> str:

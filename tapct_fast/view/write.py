@@ -1,0 +1,80 @@
+"""One scan through a backbone to a folder of pictures."""
+
+import re
+from pathlib import Path
+
+from tapct_fast.backbone.backbone import Backbone
+from tapct_fast.downstream.encode import embed_with_attention
+from tapct_fast.errors import InputError
+from tapct_fast.io.atomic import write_atomic
+from tapct_fast.io.volume import Volume
+from tapct_fast.report import png
+from tapct_fast.view.page import MAX_VOXELS, render_view
+from tapct_fast.view.pictures import pictures, write_niftis
+from tapct_fast.view.scene import LabelMap, make_scene
+
+PAGE = "view.html"
+_OURS = ("ct", "pca", "pca-1", "pca-2", "pca-3", "attention", "similarity")
+
+
+def write_view(
+    backbone: Backbone,
+    volume: Volume,
+    out: Path,
+    *,
+    label_maps: tuple[LabelMap, ...] = (),
+    overlap: float = 0.5,
+    batch_size: int | None = None,
+    max_voxels: int = MAX_VOXELS,
+) -> list[str]:
+    """Encode a scan and write what its features see.
+
+    ``view.html`` is one file that stands alone. PNG files show three planes through the middle of
+    the body: ``ct``, ``pca``, ``attention``, ``similarity`` (to the patch in the middle), and each
+    label map. NIfTI files hold the same numbers in the frame of the scan's file: ``pca-1`` to
+    ``pca-3``, ``attention`` and ``similarity`` on the token grid, label maps voxel for voxel.
+    Nothing written holds a path, a name or an id.
+
+    Args:
+        backbone: From ``load_backbone``.
+        volume: From ``read_volume``.
+        out: Folder, made if absent.
+        label_maps: Segmentations on the voxels of ``volume``; their titles name files.
+        overlap: See ``embed_volume``.
+        batch_size: See ``embed_volume``.
+        max_voxels: Of the page: a larger scan is averaged for it, and the page says so. The other
+            files are of the whole scan.
+
+    Returns:
+        The names of the files written.
+
+    Raises:
+        InputError: A label map does not lie on the scan, or ``out`` cannot be written.
+        BackboneError: The features are not finite.
+    """
+    _check_titles(label_maps)
+    features, attention_ZYXH = embed_with_attention(
+        backbone, volume, overlap=overlap, batch_size=batch_size
+    )
+    scene = make_scene(volume, features, attention_ZYXH.numpy(), label_maps)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        drawn = {f"{name}.png": png(rgb) for name, rgb in pictures(scene).items()}
+        for name, data in drawn.items():
+            write_atomic(out / name, data)
+        names = write_niftis(out, scene)
+        write_atomic(out / PAGE, render_view(scene, max_voxels=max_voxels).encode())
+    except OSError as error:
+        raise InputError(f"--out cannot be written: {error.strerror}") from None
+    return [PAGE, *drawn, *names]
+
+
+def _check_titles(label_maps: tuple[LabelMap, ...]) -> None:
+    titles = [label_map.title for label_map in label_maps]
+    for title in titles:
+        is_taken = title in _OURS or titles.count(title) > 1
+        if is_taken or not re.fullmatch(r"[a-z][a-z0-9-]{0,40}", title):
+            raise InputError(
+                f"a label map's title names its files: {title!r} is taken, or not small letters, "
+                "digits and hyphens"
+            )
