@@ -4,6 +4,7 @@ Shape suffixes: N rows (tokens), D width, K classes, J neighbours, S scans.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -111,7 +112,7 @@ def linear_segmentation(
         InputError: No scans, labels out of range, or a label map that lies outside its scan.
     """
     names = _names(label_names, num_classes)
-    confusions_SKK = _confusions(_fit_linear, LINEAR_TOKENS, train, test, num_classes, seed)
+    confusions_SKK = _confusions(fit_linear_head, LINEAR_TOKENS, train, test, num_classes, seed)
     return summarise("linear head", names, confusions_SKK, seed=seed)
 
 
@@ -136,7 +137,27 @@ def knn_segmentation(
 Head = Callable[[Tensor], Tensor]  # x_ND -> scores_NK
 
 
-def _fit_linear(x_ND: Tensor, share_NK: Tensor) -> Head:
+@dataclass(frozen=True, slots=True, eq=False)
+class LinearHead:
+    """A linear layer on standardised features; call it with rows."""
+
+    weight_DK: Tensor
+    bias_K: Tensor
+    mean_D: Tensor
+    std_D: Tensor
+
+    def __call__(self, x_ND: Tensor) -> Tensor:
+        """Return scores_NK, finite; a class that was not seen in training scores lowest."""
+        return ((x_ND - self.mean_D) / self.std_D) @ self.weight_DK + self.bias_K
+
+
+def fit_linear_head(x_ND: Tensor, share_NK: Tensor) -> LinearHead:
+    """Fit the head of ``linear_segmentation`` on rows.
+
+    Args:
+        x_ND: Features of tokens, float32.
+        share_NK: Share of each class among a token's label voxels; rows sum to 1.
+    """
     mean_D, std_D = x_ND.mean(0), x_ND.std(0, correction=0).clamp_min(1e-6)
     x_ND = (x_ND - mean_D) / std_D
     mean_K = share_NK.mean(0)
@@ -159,8 +180,7 @@ def _fit_linear(x_ND: Tensor, share_NK: Tensor) -> Head:
     solver.step(closure)  # type: ignore[no-untyped-call]  # torch does not annotate it
     # A class without training tokens must never win; finite, so that interpolation stays finite.
     offset_K = torch.where(present_K, bias_K.detach(), -1e4)
-    head_DK = weight_DK.detach()
-    return lambda rows_ND: ((rows_ND - mean_D) / std_D) @ head_DK + offset_K
+    return LinearHead(weight_DK.detach(), offset_K, mean_D, std_D)
 
 
 def _fit_knn(x_ND: Tensor, share_NK: Tensor) -> Head:
@@ -194,7 +214,7 @@ def segment(
     """
     if not train:
         raise InputError("a probe needs training scans, not 0")
-    head = _fit(_fit_linear, LINEAR_TOKENS, train, num_classes, seed)
+    head = _fit(fit_linear_head, LINEAR_TOKENS, train, num_classes, seed)
     return [
         classify_voxels(head(features.patches_ZYXC.flatten(0, 2)), features, labels)
         for features, labels in scans
@@ -326,7 +346,7 @@ def probe_scans(scans: Sequence[Scan], *, folds: int = 4, seed: int = 0) -> Scan
 
     return ScanProbe(
         cross_validate("kNN", _fit_knn, KNN_TOKENS),
-        cross_validate("linear head", _fit_linear, LINEAR_TOKENS),
+        cross_validate("linear head", fit_linear_head, LINEAR_TOKENS),
         folds,
     )
 
