@@ -151,8 +151,8 @@ def _train(args: argparse.Namespace) -> int:
         raise InputError("--world and --json go with --dry-run; torchrun says how many ranks train")
     _existing([args.store], "STORE")
     probes = _existing(args.probe, "--probe"), _existing(args.probe_labels, "--probe-labels")
-    from tapct_fast.monitor.dashboard import Dashboard
     from tapct_fast.monitor.probe import OnlineProbe
+    from tapct_fast.monitor.run_report import RunReport
     from tapct_fast.train.loop import choose_backend, train
     from tapct_fast.train.observer import Observer
     from tapct_fast.train.processes import started
@@ -161,7 +161,7 @@ def _train(args: argparse.Namespace) -> int:
     with started(os.environ, device) as processes:
         observers: list[Observer] = []
         if processes.is_first:
-            observers.append(Dashboard(args.out, config))
+            observers.append(RunReport(args.out, config))
         if processes.is_first and any(probes):
             num_steps, seed = config.train.num_steps, config.train.seed
             probe = OnlineProbe(args.out, *probes, num_steps=num_steps, device=device, seed=seed)
@@ -295,12 +295,15 @@ def _probe(args: argparse.Namespace) -> int:
 
 def _view(args: argparse.Namespace) -> int:
     _existing([args.scan], "SCAN")
-    _existing([args.labels] if args.labels else [], "--labels")
+    for name in ("head", "labels", "label_names"):
+        given = getattr(args, name)
+        _existing([given] if given else [], f"--{name.replace('_', '-')}")
     if args.label_names and not args.labels:
         raise InputError("--label-names goes with --labels")
     import dataclasses
 
     from tapct_fast.backbone.load import load_backbone
+    from tapct_fast.evaluation.segmentation import load_head
     from tapct_fast.io.read import read_labels, read_volume
     from tapct_fast.view import label_map_of, read_label_names, write_view
 
@@ -315,7 +318,12 @@ def _view(args: argparse.Namespace) -> int:
         names = read_label_names(args.label_names) if args.label_names else {}
         label_maps.append(label_map_of("labels", read_labels(args.labels), volume, names))
     written = write_view(
-        backbone, volume, args.out, label_maps=tuple(label_maps), overlap=args.overlap
+        backbone,
+        volume,
+        args.out,
+        head=load_head(args.head) if args.head else None,
+        label_maps=tuple(label_maps),
+        overlap=args.overlap,
     )
     print(f"written: {', '.join(written)}")
     return 0
@@ -564,7 +572,7 @@ def _parser() -> _Parser:
         help="say how a run is doing and whether it is healthy",
         description="Show step, losses beside ln K, health numbers, probe scores and a verdict in "
         "plain words; on a terminal redrawn until the run has finished, elsewhere printed whenever "
-        "it has moved on. Exit code 0 healthy, 1 warnings, 70 a sick run. DIR/dashboard.html shows "
+        "it has moved on. Exit code 0 healthy, 1 warnings, 70 a sick run. DIR/report.html shows "
         "the same with curves; docs/health.md explains every number.",
     )
     watch.add_argument("run_dir", type=Path, metavar="DIR", help="what train was given as --out")
@@ -702,6 +710,12 @@ def _parser() -> _Parser:
         "--backbone", required=True, help="exported folder, model.safetensors or hub id"
     )
     view.add_argument("--out", type=Path, required=True, metavar="DIR", help="made if absent")
+    view.add_argument(
+        "--head",
+        type=Path,
+        metavar="HEAD",
+        help="of a probe of this backbone (.safetensors): segments the scan",
+    )
     view.add_argument("--labels", type=Path, metavar="FILE", help="a label map on the scan's grid")
     view.add_argument(
         "--label-names",

@@ -24,6 +24,7 @@ from tapct_fast.backbone.export import export_backbone
 from tapct_fast.backbone.load import load_backbone
 from tapct_fast.config import Config
 from tapct_fast.data.phantom import HU_TWINS, LABEL_NAMES, write_phantoms
+from tapct_fast.demo_report import Report, Score, write_report
 from tapct_fast.downstream.dice import ProbeResult
 from tapct_fast.downstream.encode import embed_volume
 from tapct_fast.downstream.features import Features
@@ -40,7 +41,7 @@ from tapct_fast.io.quarantine import last_refusal
 from tapct_fast.io.read import find_scans, read_labels, read_volume
 from tapct_fast.io.volume import Volume
 from tapct_fast.monitor.losses import head_losses
-from tapct_fast.report import Figure, Interval, Report, Rgb, Score, write_report
+from tapct_fast.report import Figure, Interval, Rgb
 from tapct_fast.train.log import METRICS
 from tapct_fast.train.loop import init_method, train
 

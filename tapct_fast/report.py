@@ -1,28 +1,22 @@
-"""One HTML file that shows a run: scans beside their features, loss curves, probe scores.
+"""The house's one look for pages: page, figures, curves, tables, facts; each a piece of HTML.
 
-The file stands alone: images are inline PNG, curves are inline SVG, there is no script and no
-reference to anything outside. It carries only what the ``Report`` carries; scans are named by their
-number, never by a path. Shape letters: Y X pixels, N values, C channels.
+A page stands alone: images are inline PNG, curves are inline SVG, there is no reference to anything
+outside. It carries only what it is given; scans are named by their number or keyed id, never by a
+path. Shape letters: Y X pixels, N values, C channels.
 """
 
 import base64
 import html
 import math
-import os
-import platform
 import struct
-import sys
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tapct_fast import __version__
-from tapct_fast.io.atomic import write_atomic
+from tapct_fast.page_style import STYLE
 
 MAX_POINTS = 800  # of a drawn line: two per pixel column of the picture
 
@@ -82,35 +76,6 @@ class Table(NamedTuple):
     remark: str = ""
 
 
-class Score(NamedTuple):
-    """One row of the probe table; ``beside`` says what it is to be told from."""
-
-    name: str
-    beside: str
-    color: Rgb
-    trained: Interval
-    untrained: Interval
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Report:
-    """Everything the page shows; all text is escaped when it is written."""
-
-    title: str
-    lead: str
-    tiles: Sequence[tuple[str, str, str]]  # name, value, remark
-    figures_text: str
-    figures: Sequence[Figure]
-    legend: Sequence[tuple[str, Rgb]]
-    curves_text: str
-    curves: Sequence[Curve]
-    scores_text: str
-    scores: Sequence[Score]
-    stages: Sequence[tuple[str, float]]  # name, seconds
-    facts: Sequence[tuple[str, str]]
-    limits: Sequence[str]
-
-
 def png(rgb_YXC: Pixels) -> bytes:
     """Encode (Y, X, 3) uint8 as PNG (8-bit RGB, no filter)."""
     height, width, _ = rgb_YXC.shape
@@ -125,28 +90,6 @@ def png(rgb_YXC: Pixels) -> bytes:
     body = zlib.compress(rows.tobytes(), 9)
     start = b"\x89PNG\r\n\x1a\n"
     return start + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
-
-
-def write_report(path: Path, report: Report) -> None:
-    """Write the page; the file appears whole or not at all."""
-    write_atomic(path, render_report(report).encode())
-
-
-def render_report(report: Report) -> str:
-    """Return the page as HTML."""
-    limits = "".join(f"<li>{html.escape(limit)}</li>" for limit in report.limits)
-    sections = [
-        (
-            "Features",
-            report.figures_text,
-            figures_html(report.figures) + legend_html(report.legend),
-        ),
-        ("Training", report.curves_text, curves_html(report.curves)),
-        ("Linear probe", report.scores_text, _scores(report.scores)),
-        ("Run", "", _stages(report.stages) + facts_list(report.facts)),
-        ("What this is not", "", f'<ul class="limits">{limits}</ul>'),
-    ]
-    return render_page(report.title, report.lead, report.tiles, sections)
 
 
 def render_page(
@@ -182,14 +125,15 @@ def render_page(
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{t(title)}</title><style>{_STYLE}{style}</style></head><body><main>"
+        f"<title>{t(title)}</title><style>{STYLE}{style}</style></head><body><main>"
         f'<header><h1>{t(title)}</h1><p class="lead">{t(lead)}</p>'
         f'<div class="tiles">{boxes}</div></header>{body}</main>'
         f"{f'<script>{script}</script>' if script else ''}</body></html>\n"
     )
 
 
-def _css(color: Rgb) -> str:
+def css_color(color: Rgb) -> str:
+    """Return a colour as CSS."""
     return "#{:02x}{:02x}{:02x}".format(*color)
 
 
@@ -216,7 +160,7 @@ def _panel(panel: Panel) -> str:
 def legend_html(legend: Sequence[tuple[str, Rgb]]) -> str:
     """Return names (plain text) beside their colours as HTML."""
     items = "".join(
-        f'<span><i style="background:{_css(color)}"></i>{html.escape(name)}</span>'
+        f'<span><i style="background:{css_color(color)}"></i>{html.escape(name)}</span>'
         for name, color in legend
     )
     return f'<p class="legend">{items}</p>' if items else ""
@@ -328,54 +272,13 @@ def _running_mean(value_N: NDArray[np.float64]) -> NDArray[np.float64]:
     return mean_N
 
 
-def _scores(scores: Sequence[Score]) -> str:
-    if not scores:
-        return ""
-    rows = "".join(
-        f'<tr><td><i style="background:{_css(score.color)}"></i>{html.escape(score.name)}</td>'
-        f"<td>{html.escape(score.beside)}</td>{_interval(score.untrained)}{_interval(score.trained)}"
-        f'<td class="bar">{_whiskers(score)}</td></tr>'
-        for score in scores
-    )
-    return (
-        '<table class="scores"><thead><tr><th>score</th><th>same HU as</th><th>untrained</th>'
-        '<th>trained</th><th class="bar"><span class="zero">0</span><span class="one">1</span>'
-        f"</th></tr></thead><tbody>{rows}</tbody></table>"
-        '<p class="legend"><span><i class="dot trained"></i>trained</span>'
-        '<span><i class="dot untrained"></i>untrained</span></p>'
-    )
-
-
-def _interval(interval: Interval) -> str:
+def interval_cell(interval: Interval) -> str:
+    """Return a table cell with a mean and its ends, as far as they are numbers."""
     mean, low, high = interval
     if not math.isfinite(mean):
         return '<td class="number">-</td>'
     ends = f" <small>{low:.2f} to {high:.2f}</small>" if math.isfinite(low + high) else ""
     return f'<td class="number"><b>{mean:.2f}</b>{ends}</td>'
-
-
-def _whiskers(score: Score) -> str:
-    """Draw both intervals on one scale from 0 to 1."""
-    parts = ['<line class="grid" x1="0" x2="200" y1="12" y2="12"/>']
-    for (mean, low, high), kind, y in (
-        (score.untrained, "untrained", 7),
-        (score.trained, "trained", 17),
-    ):
-        parts.append(
-            f'<line class="{kind}" x1="{200 * low:.1f}" x2="{200 * high:.1f}" y1="{y}" y2="{y}"/>'
-        )
-        parts.append(f'<circle class="{kind}" cx="{200 * mean:.1f}" cy="{y}" r="4"/>')
-    return f'<svg viewBox="-6 0 212 24" aria-hidden="true">{"".join(parts)}</svg>'
-
-
-def _stages(stages: Sequence[tuple[str, float]]) -> str:
-    total = sum(seconds for _, seconds in stages) or 1.0
-    rows = "".join(
-        f'<tr><td>{html.escape(name)}</td><td class="number">{seconds:.1f} s</td>'
-        f'<td class="bar"><i style="width:{100 * seconds / total:.1f}%"></i></td></tr>'
-        for name, seconds in stages
-    )
-    return f'<table class="stages"><tbody>{rows}</tbody></table>' if rows else ""
 
 
 def table_html(table: Table) -> str:
@@ -407,7 +310,7 @@ def _column_class(cells: Sequence[str | Interval | float | int | None]) -> str:
 
 def _cell(cell: str | Interval | float | int | None, kind: str) -> str:
     if isinstance(cell, Interval):
-        return _interval(cell)
+        return interval_cell(cell)
     if cell is None or (isinstance(cell, float) and math.isnan(cell)):
         text = "-"
     elif isinstance(cell, int):
@@ -446,7 +349,7 @@ def intervals_html(
         return f'<svg viewBox="-6 0 212 18" aria-hidden="true">{"".join(parts)}</svg>'
 
     lines = "".join(
-        f"<tr><td>{html.escape(name)}</td>{_interval(interval)}"
+        f"<tr><td>{html.escape(name)}</td>{interval_cell(interval)}"
         f'<td class="bar">{drawn(interval)}</td></tr>'
         for name, interval in rows
     )
@@ -461,24 +364,16 @@ def intervals_html(
 def environment_facts() -> list[tuple[str, str]]:
     """Return what this process runs on, by name: no path, no host, no user."""
     # A page about files alone, as that of verify, needs no torch.
-    import torch
+    from tapct_fast.backbone.describe import environment
 
-    from tapct_fast import _native
-    from tapct_fast.backbone.describe import device_text
+    return list(environment().items())
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    cuda = "with CUDA" if _native.has_cuda else "without CUDA"
-    return [
-        ("tapct-fast", __version__),
-        ("torch", torch.__version__),
-        ("python", f"{platform.python_version()} on {sys.platform} {platform.machine()}"),
-        ("device", device_text(device)),
-        ("cores", str(os.cpu_count())),
-        (
-            "native build",
-            f"{_native.inflate_backend()}, c-blosc2 {_native.blosc2_version()}, {cuda}",
-        ),
-    ]
+
+def details_html(summary: str, content: str) -> str:
+    """Return content (HTML) that opens when its summary (plain text) is clicked."""
+    if not content:
+        return ""
+    return f"<details><summary>{html.escape(summary)}</summary>{content}</details>"
 
 
 def facts_list(facts: Sequence[tuple[str, str]]) -> str:
@@ -487,67 +382,3 @@ def facts_list(facts: Sequence[tuple[str, str]]) -> str:
         f"<dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>" for name, value in facts
     )
     return f"<dl>{rows}</dl>"
-
-
-_STYLE = """
-:root{--ink:#1d2733;--soft:#5d6b7a;--faint:#e4e8ed;--blue:#1f6feb;--grey:#98a3b0;--red:#c2410c}
-*{box-sizing:border-box}
-body{margin:0;background:#fbfcfd;color:var(--ink);
-font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif}
-main{max-width:1080px;margin:0 auto;padding:48px 24px 72px}
-h1{font-size:34px;line-height:1.2;margin:0 0 8px;letter-spacing:-.015em}
-h2{font-size:22px;margin:0 0 6px;letter-spacing:-.01em}
-h3{font-size:15px;margin:22px 0 8px;font-weight:600}
-p{margin:0 0 14px;max-width:74ch;color:var(--soft)}
-.lead{font-size:18px;color:var(--ink)}
-section{margin-top:44px;padding-top:28px;border-top:1px solid var(--faint)}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(190px,1fr));gap:12px;margin-top:24px}
-.tile{background:#fff;border:1px solid var(--faint);border-radius:8px;padding:14px 16px}
-.tile span,.tile small{display:block;font-size:13px;color:var(--soft)}
-.tile b{display:block;font-size:25px;font-weight:600;line-height:1.35;
-font-variant-numeric:tabular-nums}
-.row{display:grid;grid-template-columns:repeat(4,1fr);gap:10px;margin-bottom:10px;align-items:start}
-figure{margin:0}
-.row img{display:block;width:100%;background:#000;border-radius:4px;image-rendering:pixelated}
-figcaption{font-size:13px;color:var(--soft);padding-top:4px}
-.legend{display:flex;flex-wrap:wrap;gap:4px 18px;font-size:13px;margin-top:12px;max-width:none}
-i{display:inline-block;width:11px;height:11px;border-radius:2px;margin-right:7px;vertical-align:-1px}
-i.dot{border-radius:50%}i.trained{background:var(--blue)}i.untrained{background:var(--grey)}
-.curves{display:grid;grid-template-columns:repeat(auto-fit,minmax(380px,1fr));gap:20px}
-.curves figcaption{font-weight:600;color:var(--ink);font-size:14px}
-.curves small{display:block;font-weight:400;color:var(--soft)}
-svg{display:block;width:100%;height:auto}
-svg text{font-size:12px;fill:var(--soft);font-variant-numeric:tabular-nums}
-.grid{stroke:var(--faint)}
-.raw{fill:none;stroke:#b9d2f8;stroke-width:1.2}
-.mean{fill:none;stroke:var(--blue);stroke-width:2.2;stroke-linejoin:round}
-line.interval{stroke:#a9c7f5;stroke-width:3}
-line.uniform{stroke:var(--red);stroke-dasharray:5 4;stroke-width:1.3}
-svg text.uniform{fill:var(--red)}
-table{border-collapse:collapse;width:100%;font-size:14px}
-th{font-weight:500;color:var(--soft);text-align:left;font-size:13px}
-th,td{padding:5px 10px 5px 0;border-bottom:1px solid var(--faint);vertical-align:middle}
-td:nth-child(2){color:var(--soft)}
-.number{font-variant-numeric:tabular-nums;white-space:nowrap}
-.number small{color:var(--soft)}
-.scores .bar{width:220px}
-th.bar .one{float:right}
-line.trained{stroke:var(--blue);stroke-width:2.5}circle.trained{fill:var(--blue)}
-line.untrained{stroke:var(--grey);stroke-width:2.5}circle.untrained{fill:var(--grey)}
-.stages{max-width:640px;margin-bottom:22px}
-.stages td:nth-child(1){width:220px}.stages td.number{width:80px;color:var(--ink);text-align:right}
-.stages i{height:8px;background:#a9c7f5;min-width:1px}
-dl{display:grid;grid-template-columns:180px 1fr;gap:4px 16px;font-size:14px;margin:0}
-dt{color:var(--soft)}dd{margin:0;overflow-wrap:anywhere}
-.reasons{max-width:none}.reasons td:nth-child(1){width:55%}
-.findings td{vertical-align:top}.findings td:nth-child(-n+3){white-space:nowrap}
-.scroll{overflow-x:auto}
-.plain{width:auto;min-width:min(100%,420px)}
-.plain :is(td,th){padding-right:28px}.plain :is(td,th):last-child{padding-right:0}
-.plain td{vertical-align:baseline}.plain td:nth-child(2){color:inherit}
-.plain .right{text-align:right}.remark{font-size:13px;margin-top:8px}
-.intervals td{vertical-align:middle}.intervals .bar{width:220px}
-.limits{padding-left:20px;color:var(--soft);max-width:74ch}
-@media (max-width:640px){.row{grid-template-columns:repeat(2,1fr)}dl{grid-template-columns:1fr}
-.curves{grid-template-columns:1fr}}
-"""

@@ -73,7 +73,7 @@ def test_every_verb_runs_from_scans_to_probe(
     scores = [json.loads(row) for row in (Path(run) / "probe.jsonl").read_text().splitlines()]
     assert {row["step"] for row in scores} == {2, 3}
     assert "linear" in scores[-1]
-    assert "at step 3 of 3" in (Path(run) / "dashboard.html").read_text()
+    assert "at step 3 of 3" in (Path(run) / "report.html").read_text()
     capsys.readouterr()
     assert main(["watch", run, "--once"]) == 70  # TINY has fewer steps than the last layer waits
     view = capsys.readouterr().out

@@ -13,21 +13,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tapct_fast.demo_report import Report, Score, render_report, write_report
 from tapct_fast.report import (
     MAX_POINTS,
     Curve,
     Figure,
     Interval,
     Panel,
-    Report,
-    Score,
     Table,
     environment_facts,
     intervals_html,
     png,
-    render_report,
     table_html,
-    write_report,
 )
 
 VOID = {"meta", "img", "line", "circle", "polyline"}

@@ -4,14 +4,16 @@ No fact holds a path.
 """
 
 import json
+import os
 import platform
 import re
+import sys
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 
-from tapct_fast import __version__
+from tapct_fast import __version__, _native
 from tapct_fast.backbone.architecture import canonical_names
 from tapct_fast.backbone.backbone import Backbone
 from tapct_fast.backbone.load import BackboneFiles
@@ -89,6 +91,24 @@ def stated_license(files: BackboneFiles) -> str | None:
 def _plain(text: str) -> str:
     """Return printable ASCII on one short line: the text comes from outside."""
     return re.sub(r"[^ -~]|[|`]", "?", text.strip().strip("'\""))[:80]
+
+
+def environment(device: torch.device | None = None) -> dict[str, str]:
+    """Return what this process runs on, by name: no path, no host, no user.
+
+    Args:
+        device: What computes; by default CUDA where there is one, else the CPU.
+    """
+    place = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    cuda = "with CUDA" if _native.has_cuda else "without CUDA"
+    return {
+        "tapct-fast": __version__,
+        "torch": torch.__version__,
+        "python": f"{platform.python_version()} on {sys.platform} {platform.machine()}",
+        "device": device_text(place),
+        "cores": str(os.cpu_count()),
+        "native build": f"{_native.inflate_backend()}, c-blosc2 {_native.blosc2_version()}, {cuda}",
+    }
 
 
 def device_text(device: torch.device) -> str:

@@ -1,6 +1,7 @@
 """What a run folder says about its run, read while the run may still write.
 
-A row is one line of ``metrics.jsonl`` (see ``train.log``) or ``probe.jsonl`` (``monitor.probe``).
+A row is one line of ``metrics.jsonl`` (see ``train.log``), ``probe.jsonl`` (``monitor.probe``),
+``incidents.jsonl`` (``train.incident``) or ``sessions.jsonl`` (``train.sessions``).
 """
 
 import json
@@ -13,12 +14,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tapct_fast.config import Config, from_json
-from tapct_fast.errors import InputError
+from tapct_fast.errors import FormatError, InputError
+from tapct_fast.io.atomic import read_json, sha256_file
+from tapct_fast.io.quarantine import QUARANTINE_FILE
+from tapct_fast.train.checkpoint import folders, step_of
+from tapct_fast.train.incident import INCIDENTS
 from tapct_fast.train.log import METRICS
+from tapct_fast.train.sessions import SESSIONS
 
 PROBES = "probe.jsonl"
 
 Row = Mapping[str, Any]
+
+
+class Checkpoint(NamedTuple):
+    """The hashes of one checkpoint, which was read back before it took its name."""
+
+    step: int
+    teacher_sha256: str
+    manifest_sha256: str  # of the file that holds the hashes of all others
 
 
 class Record(NamedTuple):
@@ -28,6 +42,10 @@ class Record(NamedTuple):
     rows: Sequence[Row]
     probes: Sequence[Row] = ()
     idle_seconds: float = 0.0
+    incidents: Sequence[Row] = ()
+    sessions: Sequence[Row] = ()
+    checkpoints: Sequence[Checkpoint] = ()  # oldest first
+    num_damaged: int = 0  # cases of the store that could not be read
 
     @property
     def step(self) -> int:
@@ -66,7 +84,44 @@ def read_record(directory: Path) -> Record:
     metrics = directory / METRICS
     rows = read_rows(metrics)
     idle = time.time() - metrics.stat().st_mtime if rows else 0.0
-    return Record(config, rows, read_probes(directory), max(0.0, idle))
+    return record_beside(directory, config, rows)._replace(idle_seconds=max(0.0, idle))
+
+
+def record_beside(directory: Path, config: Config, rows: Sequence[Row]) -> Record:
+    """Return a record of rows that are at hand and of all else that the run's folder holds."""
+    return Record(
+        config,
+        rows,
+        read_probes(directory),
+        incidents=read_rows(directory / INCIDENTS),
+        sessions=read_rows(directory / SESSIONS),
+        checkpoints=read_checkpoints(directory),
+        num_damaged=_num_lines(directory / QUARANTINE_FILE),
+    )
+
+
+def read_checkpoints(directory: Path) -> list[Checkpoint]:
+    """Read the hashes that the checkpoints of a run state, oldest first.
+
+    One that the run removes meanwhile is passed over.
+    """
+    found = []
+    for folder in folders(directory):
+        path = folder / "manifest.json"
+        try:
+            files = read_json(path, "manifest")["files"]
+            digest = files["teacher.safetensors"]["sha256"]
+            found.append(Checkpoint(step_of(folder), str(digest), sha256_file(path)))
+        except (FormatError, OSError, KeyError, TypeError):
+            continue
+    return found
+
+
+def _num_lines(path: Path) -> int:
+    try:
+        return len(path.read_bytes().splitlines())
+    except OSError:
+        return 0
 
 
 def read_probes(directory: Path) -> list[Row]:

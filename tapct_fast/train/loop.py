@@ -40,6 +40,7 @@ from tapct_fast.train.memory import memory_errors
 from tapct_fast.train.observer import Observer
 from tapct_fast.train.processes import Processes
 from tapct_fast.train.rollback import must_roll_back, roll_back
+from tapct_fast.train.sessions import record_session
 from tapct_fast.train.signals import StopSignals
 from tapct_fast.train.start import Start, read_start, start_from
 from tapct_fast.train.step import (
@@ -86,9 +87,9 @@ def train(
     Args:
         config: The run.
         store_dir: Folder written by ``pack``.
-        out_dir: Gets ``config.json``, ``metrics.jsonl``, ``checkpoints/`` and what the trackers
-            write; ``quarantine.jsonl`` if cases turn out damaged, ``incidents.jsonl`` if steps are
-            refused.
+        out_dir: Gets ``config.json``, ``sessions.jsonl``, ``metrics.jsonl``, ``checkpoints/`` and
+            what the trackers write; ``quarantine.jsonl`` if cases turn out damaged,
+            ``incidents.jsonl`` if steps are refused.
         start: Weights that student and teacher start from, see ``train.start``; a run that goes on
             must be given the same.
         distill: Run whose frozen teacher gives the targets, see ``train.guide``; a run that goes on
@@ -154,6 +155,8 @@ def train(
         try:
             out_dir.mkdir(parents=True, exist_ok=True)
             write_atomic(out_dir / "config.json", (to_json(config) + "\n").encode())
+            num_scans = len(store.cases)
+            record_session(out_dir, run, step=step, num_scans=num_scans, device=target)
         except OSError as error:
             raise InputError(f"--out cannot be written: {error.strerror}") from None
     engine = build_engine(run.method, config.train, dtype=dtype, processes=processes)

@@ -3,9 +3,13 @@
 import re
 from pathlib import Path
 
+import numpy as np
+
 from tapct_fast.backbone.backbone import Backbone
 from tapct_fast.downstream.encode import embed_with_attention
+from tapct_fast.downstream.features import Features
 from tapct_fast.errors import InputError
+from tapct_fast.evaluation.segmentation import SegmentationHead, apply_head
 from tapct_fast.io.atomic import write_atomic
 from tapct_fast.io.volume import Volume
 from tapct_fast.report import png
@@ -14,7 +18,7 @@ from tapct_fast.view.pictures import pictures, write_niftis
 from tapct_fast.view.scene import LabelMap, make_scene
 
 PAGE = "view.html"
-_OURS = ("ct", "pca", "pca-1", "pca-2", "pca-3", "attention", "similarity")
+_OURS = ("ct", "pca", "pca-1", "pca-2", "pca-3", "attention", "similarity", "segmentation")
 
 
 def write_view(
@@ -22,6 +26,7 @@ def write_view(
     volume: Volume,
     out: Path,
     *,
+    head: SegmentationHead | None = None,
     label_maps: tuple[LabelMap, ...] = (),
     overlap: float = 0.5,
     batch_size: int | None = None,
@@ -31,15 +36,16 @@ def write_view(
 
     ``view.html`` is one file that stands alone. PNG files show three planes through the middle of
     the body: ``ct``, ``pca``, ``attention``, ``similarity`` (to the patch in the middle), and each
-    label map. NIfTI files hold the same numbers in the frame of the scan's file: ``pca-1`` to
-    ``pca-3``, ``attention`` and ``similarity`` on the token grid, label maps voxel for voxel.
+    segmentation. NIfTI files hold the same numbers in the frame of the scan's file: ``pca-1`` to
+    ``pca-3``, ``attention`` and ``similarity`` on the token grid, segmentations voxel for voxel.
     Nothing written holds a path, a name or an id.
 
     Args:
         backbone: From ``load_backbone``.
         volume: From ``read_volume``.
         out: Folder, made if absent.
-        label_maps: Segmentations on the voxels of ``volume``; their titles name files.
+        head: Of a probe of this backbone; what it makes of the scan is shown as ``segmentation``.
+        label_maps: Other segmentations on the voxels of ``volume``; their titles name files.
         overlap: See ``embed_volume``.
         batch_size: See ``embed_volume``.
         max_voxels: Of the page: a larger scan is averaged for it, and the page says so. The other
@@ -49,13 +55,16 @@ def write_view(
         The names of the files written.
 
     Raises:
-        InputError: A label map does not lie on the scan, or ``out`` cannot be written.
+        InputError: A label map does not lie on the scan, the head takes other features, or ``out``
+            cannot be written.
         BackboneError: The features are not finite.
     """
     _check_titles(label_maps)
     features, attention_ZYXH = embed_with_attention(
         backbone, volume, overlap=overlap, batch_size=batch_size
     )
+    if head is not None:
+        label_maps = (_segment(head, features, volume), *label_maps)
     scene = make_scene(volume, features, attention_ZYXH.numpy(), label_maps)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -78,3 +87,12 @@ def _check_titles(label_maps: tuple[LabelMap, ...]) -> None:
                 f"a label map's title names its files: {title!r} is taken, or not small letters, "
                 "digits and hyphens"
             )
+
+
+def _segment(head: SegmentationHead, features: Features, volume: Volume) -> LabelMap:
+    """Segment the scan, in the values of the label maps that the head was fitted on."""
+    value_K = np.array(head.label_values, np.int16)
+    value_K[0] = 0  # background, whatever number it had
+    labels_ZYX = value_K[apply_head(head, features, volume)]
+    names = dict(zip(value_K.tolist(), head.label_names, strict=True))
+    return LabelMap("segmentation", labels_ZYX, names)

@@ -9,8 +9,8 @@ import pytest
 
 from tapct_fast import recipes
 from tapct_fast.monitor.checks import Finding
-from tapct_fast.monitor.dashboard import render_dashboard
 from tapct_fast.monitor.record import Record, read_record
+from tapct_fast.monitor.run_report import render_run_report
 from tapct_fast.monitor.verdict import headline, judge, worst
 from tapct_fast.monitor.watch import render
 
@@ -196,7 +196,7 @@ def test_no_number_of_a_row_whatever_it_is_breaks_verdict_view_or_page(
                 rows = [{k: v for k, v in row.items() if v != "absent"} for row in odd.rows]
                 odd = odd._replace(rows=rows)
             assert render(odd, judge(odd)).isascii()
-        assert render_dashboard(odd, is_running=True).endswith("</html>\n")
+        assert render_run_report(odd, is_running=True).endswith("</html>\n")
 
 
 def test_silence_is_told_unless_the_run_has_finished(steady: Record) -> None:

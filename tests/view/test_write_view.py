@@ -1,5 +1,6 @@
 """What is written of a scan: world millimetres in other readers, pictures, errors, privacy."""
 
+import dataclasses
 import json
 import re
 import zlib
@@ -17,7 +18,10 @@ from tapct_fast import cli
 from tapct_fast.backbone.backbone import Backbone
 from tapct_fast.backbone.export import save_backbone
 from tapct_fast.downstream.encode import embed_with_attention
+from tapct_fast.downstream.probe import fit_linear_head
+from tapct_fast.downstream.resample import labelled_tokens
 from tapct_fast.errors import FormatError, InputError
+from tapct_fast.evaluation.segmentation import SegmentationHead, save_head
 from tapct_fast.io.volume import Volume
 from tapct_fast.view import LabelMap, label_map_of, read_label_names, write_view
 from tapct_fast.view.page import render_view
@@ -263,5 +267,55 @@ def test_the_command_line_writes_a_view(
 
     assert cli.main([*words[:-1], "95"]) == 2
     assert "preprocess.resize_yx=(95, 95) is not a multiple" in capsys.readouterr().err
-    assert cli.main([*words[:2], "--backbone", "x", "--out", "y", "--label-names", "z"]) == 2
+    words = [*words[:4], "--out", str(tmp_path / "new")]
+    assert cli.main([*words, "--label-names", str(names)]) == 2
     assert "--label-names goes with --labels" in capsys.readouterr().err
+    assert cli.main([*words, "--head", str(tmp_path / "head")]) == 2
+    assert "--head does not exist" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_probe_head_segments_the_scan(
+    body: Body, scene: Scene, backbone: Backbone, tmp_path: Path
+) -> None:
+    save_backbone(backbone, tmp_path / "backbone")
+    value_K = (0, 1, 7)
+    classes = dataclasses.replace(
+        body.labels_volume,
+        hu_ZYX=np.searchsorted(value_K, body.labels_volume.hu_ZYX).astype(np.int16),
+    )
+    rows = labelled_tokens(scene.features, classes, 3)
+    head = SegmentationHead(
+        linear=fit_linear_head(rows.x_LD, rows.share_LK),
+        label_names=("background", "bone", "fat"),
+        label_values=value_K,
+        encoder="tapct",
+        fingerprint="",
+    )
+    save_head(head, tmp_path / "head.safetensors")
+    words = ["view", str(body.scan), "--backbone", str(tmp_path / "backbone")]
+    words += ["--head", str(tmp_path / "head.safetensors"), "--labels", str(body.labels)]
+    assert cli.main([*words, "--out", str(tmp_path / "out")]) == 0
+    out = tmp_path / "out"
+    written = np.asarray(nibabel.load(out / "segmentation.nii.gz").dataobj)
+    truth = np.asarray(nibabel.load(body.labels).dataobj)
+    assert set(np.unique(written)) <= {0, 1, 7}
+    # Fitted on this scan: it finds most of the ball, whose patches are 16 x 17 mm.
+    assert 2 * ((written == 7) & (truth == 7)).sum() / (
+        (written == 7).sum() + (truth == 7).sum()
+    ) == pytest.approx(1, abs=0.4)
+    scores_LK = head.linear(scene.features.patches_ZYXC.flatten(0, 2))
+    token = scene.grid.token_at((10, 36, 20))
+    index = np.ravel_multi_index(token, scene.grid.shape_zyx)
+    centre = np.rint(scene.grid.scale_zyx * token + scene.grid.shift_zyx).astype(int)
+    at_centre = written[55 - centre[1], centre[0], 69 - centre[2]]
+    assert at_centre == value_K[int(scores_LK[index].argmax())]
+    found = json.loads(
+        re.search(r'id="data-meta">([^<]*)<', (out / "view.html").read_text()).group(1)
+    )
+    titles = [label_map["title"] for label_map in found["labelMaps"]]
+    assert titles == ["segmentation", "labels"]
+    assert {"value": 7, "name": "fat", "color": list(label_color(7))} in (
+        found["labelMaps"][0]["labels"]
+    )
+    assert (out / "segmentation.png").exists()
