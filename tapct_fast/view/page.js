@@ -550,6 +550,8 @@ async function main() {
     changed();
   }
 
+  // At once, not in the next frame: a stretched picture must never be seen.
+  const resized = new ResizeObserver(show);
   panes.forEach((pane) => {
     const { canvas, plane, pointer } = pane;
     let dragged = null; // where a right drag began, and the window then
@@ -601,7 +603,7 @@ async function main() {
       event.preventDefault();
       moves[event.key]();
     });
-    new ResizeObserver(changed).observe(canvas);
+    resized.observe(canvas);
   });
 
   const choose = (id, names, act) =>

@@ -53,9 +53,23 @@ def similarity_range(scene: Scene, values_ZYX: NDArray[np.float32]) -> tuple[flo
     return min(float(np.median(values_ZYX[~scene.is_air_ZYX])), 0.999), 1.0
 
 
+# The directions of the patient, 4 x 5 squares each: a font would be one more thing to install.
+_LETTERS = {
+    "R": ("1110", "1001", "1110", "1010", "1001"),
+    "L": ("1000", "1000", "1000", "1000", "1111"),
+    "A": ("0110", "1001", "1111", "1001", "1001"),
+    "P": ("1110", "1001", "1110", "1000", "1000"),
+    "S": ("0111", "1000", "0110", "0001", "1110"),
+    "I": ("1110", "0100", "0100", "0100", "1110"),
+}
+_LETTER_COLOR: Rgb = (255, 214, 90)
+_SQUARE = 3  # pixels
+
+
 class _Plane(NamedTuple):
     """A cut: the voxel coordinates of its picture's rows and columns, which lie along two axes."""
 
+    letters: str  # of the left, right, upper and lower edge
     axis: int
     at: int
     axes_ij: tuple[int, int]
@@ -75,17 +89,19 @@ def pictures(scene: Scene) -> dict[str, Pixels]:
         "attention": _heat(attention_ZYX, attention_range(scene, attention_ZYX)),
         "similarity": _heat(similarity_ZYX, similarity_range(scene, similarity_ZYX)),
     }
-    found = {"ct": _beside(greys)}
+    found = {"ct": _beside(greys, planes)}
     for name, rgba_ZYX4 in maps.items():
         found[name] = _beside(
             [
                 _over(grey, _tokens(rgba_ZYX4, plane, scene))
                 for grey, plane in zip(greys, planes, strict=True)
-            ]
+            ],
+            planes,
         )
     for label_map in scene.label_maps:
         found[label_map.title] = _beside(
-            [_labelled(grey, label_map, plane) for grey, plane in zip(greys, planes, strict=True)]
+            [_labelled(grey, label_map, plane) for grey, plane in zip(greys, planes, strict=True)],
+            planes,
         )
     return found
 
@@ -116,14 +132,14 @@ def _planes(scene: Scene) -> list[_Plane]:
     extents = [size * spacing for size, spacing in zip(shape, mm, strict=True)]
     scale = HEIGHT / max(extents[0], extents[1])
     planes = []
-    for axis, i, j in ((0, 1, 2), (1, 0, 2), (2, 0, 1)):
+    for letters, axis, i, j in (("RLAP", 0, 1, 2), ("RLSI", 1, 0, 2), ("APSI", 2, 0, 1)):
         voxel_I, voxel_J = (
             (np.arange(pixels) + 0.5) * shape[a] / pixels - 0.5
             for a in (i, j)
             for pixels in [max(round(extents[a] * scale), 1)]
         )
         up = voxel_I[::-1] if i == 0 else voxel_I  # slices count from the feet
-        planes.append(_Plane(axis, scene.middle_zyx[axis], (i, j), up, voxel_J))
+        planes.append(_Plane(letters, axis, scene.middle_zyx[axis], (i, j), up, voxel_J))
     return planes
 
 
@@ -181,14 +197,31 @@ def _over(grey_IJC: Pixels, rgba_IJ4: NDArray[np.uint8]) -> Pixels:
     return mixed
 
 
-def _beside(images: list[Pixels]) -> Pixels:
-    """Lay pictures beside one another, on black."""
+def _beside(images: list[Pixels], planes: list[_Plane]) -> Pixels:
+    """Lay pictures beside one another on black, with the letters of their edges."""
     height = max(len(image) for image in images)
     width = sum(image.shape[1] for image in images) + GAP * (len(images) - 1)
     sheet = np.zeros((height, width, 3), np.uint8)
     left = 0
-    for image in images:
-        top = (height - len(image)) // 2
-        sheet[top : top + len(image), left : left + image.shape[1]] = image
-        left += image.shape[1] + GAP
+    for image, plane in zip(images, planes, strict=True):
+        rows, columns, _ = image.shape
+        top = (height - rows) // 2
+        sheet[top : top + rows, left : left + columns] = image
+        right, bottom = left + columns - 4 * _SQUARE - 3, top + rows - 5 * _SQUARE - 3
+        middle_y, middle_x = (top + bottom) // 2, (left + right) // 2
+        places = ((middle_y, left + 3), (middle_y, right), (top + 3, middle_x), (bottom, middle_x))
+        num_letters = 4 if rows > 15 * _SQUARE else 2  # the upper one would touch the lower one
+        for letter, (y, x) in list(zip(plane.letters, places, strict=True))[:num_letters]:
+            _write(sheet, letter, y, x)
+        left += columns + GAP
     return sheet
+
+
+def _write(sheet: Pixels, letter: str, top: int, left: int) -> None:
+    is_ink = np.array([[square == "1" for square in row] for row in _LETTERS[letter]])
+    is_ink = is_ink.repeat(_SQUARE, 0).repeat(_SQUARE, 1)
+    rows, columns = np.nonzero(is_ink)
+    rows, columns = rows + top, columns + left
+    # A plane may be thinner than a letter.
+    is_inside = (rows >= 0) & (rows < len(sheet)) & (columns >= 0) & (columns < sheet.shape[1])
+    sheet[rows[is_inside], columns[is_inside]] = _LETTER_COLOR

@@ -22,6 +22,7 @@ from tapct_fast.downstream.probe import fit_linear_head
 from tapct_fast.downstream.resample import labelled_tokens
 from tapct_fast.errors import FormatError, InputError
 from tapct_fast.evaluation.segmentation import SegmentationHead, save_head
+from tapct_fast.io.convert import from_nibabel
 from tapct_fast.io.volume import Volume
 from tapct_fast.view import LabelMap, label_map_of, read_label_names, write_view
 from tapct_fast.view.page import render_view
@@ -80,6 +81,29 @@ def test_a_map_on_the_token_grid_lies_where_its_patches_do(
         *("pca-1.nii.gz", "pca-2.nii.gz", "pca-3.nii.gz"),
         *("attention.nii.gz", "similarity.nii.gz", "labels.nii.gz"),
     ]
+    for place in places(tmp_path / "attention.nii.gz", lambda values: values == 1):
+        np.testing.assert_allclose(place, expected_mm, atol=1e-3)
+
+
+def test_maps_of_an_oblique_scan_lie_along_its_axes_and_the_page_says_so(
+    body: Body, backbone: Backbone, scene: Scene, tmp_path: Path
+) -> None:
+    assert "degrees off the patient's" not in render_view(scene)
+    angle = np.radians(14)
+    turn = np.eye(4)
+    turn[1:3, 1:3] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
+    tilted = nibabel.Nifti1Image(body.file_ijk, turn @ body.file_affine)
+    volume = from_nibabel(tilted)
+    features, attention_ZYXH = embed_with_attention(backbone, volume)
+    oblique = make_scene(volume, features, attention_ZYXH.numpy(), ())
+    assert "14 degrees off the patient's" in render_view(oblique)
+
+    lit = np.zeros_like(oblique.attention_ZYXH)
+    lit[5, 1, 6] = 1
+    write_niftis(tmp_path, oblique._replace(attention_ZYXH=lit))
+    # Voxels of the file's A, S, R: patches of 7 voxels, 4 slices and 8.75 voxels.
+    centre_ijk = (55 - (7 * 1 + 3), 4 * 5 + 1.5, 69 - (8.75 * 6 + 3.875))
+    expected_mm = (turn @ body.file_affine @ [*centre_ijk, 1])[:3]
     for place in places(tmp_path / "attention.nii.gz", lambda values: values == 1):
         np.testing.assert_allclose(place, expected_mm, atol=1e-3)
 
