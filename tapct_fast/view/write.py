@@ -24,7 +24,7 @@ _OURS = ("ct", "pca", "pca-1", "pca-2", "pca-3", "attention", "similarity", "seg
 def write_view(
     backbone: Backbone,
     volume: Volume,
-    out: Path,
+    out: Path | str,
     *,
     head: SegmentationHead | None = None,
     label_maps: tuple[LabelMap, ...] = (),
@@ -60,6 +60,7 @@ def write_view(
         BackboneError: The features are not finite.
     """
     _check_titles(label_maps)
+    out = Path(out)
     features, attention_ZYXH = embed_with_attention(
         backbone, volume, overlap=overlap, batch_size=batch_size
     )
