@@ -14,7 +14,7 @@ import tapct_fast  # noqa: E402
 
 if Path(tapct_fast.__file__).parent.parent != site:
     sys.exit(f"the wheel was not used, but {tapct_fast.__file__}")
-for name in ("page.html", "page.css", "page.js"):
+for name in ("page.html", "page.css", "scene.js", "draw.js", "page.js"):
     if not resources.files("tapct_fast.view").joinpath(name).is_file():
         sys.exit(f"the wheel lacks the view's {name}")
 with tempfile.TemporaryDirectory() as folder:

@@ -1,6 +1,7 @@
 """The page: a scan in three planes under what its features say, all in one file.
 
-What acts in it is ``page.js``, its look ``page.css``, its parts ``page.html``, beside this module.
+Beside this module lie its parts (``page.html``), its look (``page.css``) and what acts in it:
+``scene.js`` unpacks, ``draw.js`` paints, ``page.js`` listens.
 Numbers travel as JSON, arrays as zlib in base64, which the page unpacks with DecompressionStream.
 """
 
@@ -57,7 +58,7 @@ def render_view(scene: Scene, *, max_voxels: int = MAX_VOXELS) -> str:
         [],
         [("", "", _file("page.html") + data), ("How to read it", "", _HOW_TO_READ + facts)],
         style=_file("page.css"),
-        script=_file("page.js"),
+        script="".join(map(_file, ("scene.js", "draw.js", "page.js"))),
     )
 
 
@@ -173,6 +174,7 @@ def _facts(
         ("tokens", f"{_times(grid.shape_zyx)} (z, y, x), one per {_times(patch_mm)} mm"),
         ("similarity", similarity),
         ("attention", f"{len(heads)} heads and their mean" if heads else "the mean of the heads"),
+        *scene.facts,
         ("in this file", sizes),
         ("tapct_fast", f"{__version__}; not a medical device, not for diagnosis"),
     ]

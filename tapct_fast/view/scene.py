@@ -57,6 +57,7 @@ class Scene(NamedTuple):
     is_air_ZYX: NDArray[np.bool_]  # of the tokens
     grid: TokenGrid
     middle_zyx: Zyx  # voxel in the middle of the body
+    facts: tuple[tuple[str, str], ...] = ()  # name and value, for the page
 
     def cosine_to(self, token_zyx: Zyx) -> NDArray[np.float32]:
         """Return the cosine of the angle between one token and each, (Z, Y, X)."""
@@ -72,6 +73,7 @@ def make_scene(
     features: Features,
     attention_ZYXH: NDArray[np.float32],
     label_maps: tuple[LabelMap, ...],
+    facts: tuple[tuple[str, str], ...] = (),
 ) -> Scene:
     """Put a scan and what was made of it together.
 
@@ -100,6 +102,7 @@ def make_scene(
         is_air_ZYX=is_air_ZYX,
         grid=TokenGrid((z, y, x), scale_zyx, shift_zyx),
         middle_zyx=(mz, my, mx),
+        facts=facts,
     )
 
 

@@ -20,6 +20,12 @@ from tapct_fast.view.scene import LabelMap, make_scene
 PAGE = "view.html"
 _OURS = ("ct", "pca", "pca-1", "pca-2", "pca-3", "attention", "similarity", "segmentation")
 
+_OWN_HEAD = "by a linear head fitted on tokens of this backbone"
+_OTHER_HEAD = (
+    "by a linear head fitted on tokens of another backbone, or of this one in another precision or "
+    "with another plane: it may be wrong for that reason alone"
+)
+
 
 def write_view(
     backbone: Backbone,
@@ -64,9 +70,12 @@ def write_view(
     features, attention_ZYXH = embed_with_attention(
         backbone, volume, overlap=overlap, batch_size=batch_size
     )
+    facts: list[tuple[str, str]] = []
     if head is not None:
         label_maps = (_segment(head, features, volume), *label_maps)
-    scene = make_scene(volume, features, attention_ZYXH.numpy(), label_maps)
+        is_its_own = head.fingerprint == backbone.fingerprint()
+        facts.append(("segmentation", _OWN_HEAD if is_its_own else _OTHER_HEAD))
+    scene = make_scene(volume, features, attention_ZYXH.numpy(), label_maps, tuple(facts))
     try:
         out.mkdir(parents=True, exist_ok=True)
         drawn = {f"{name}.png": png(rgb) for name, rgb in pictures(scene).items()}

@@ -68,7 +68,8 @@ class Browser:
     def wait(self, script: str, seconds: float = 20) -> None:
         end = time.monotonic() + seconds
         while not self.value(script):
-            assert time.monotonic() < end, f"{script} did not become true; {self.complaints()}"
+            assert time.monotonic() < end, f"{script} did not become true"
+            assert not self.complaints(), self.complaints()
             time.sleep(0.05)
 
     def complaints(self) -> list[str]:

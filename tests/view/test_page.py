@@ -248,7 +248,7 @@ def test_a_click_asks_about_its_patch_and_the_wheel_and_keys_move(
 
     opened.value(
         f"{CANVAS.format('coronal')}.dispatchEvent(new WheelEvent('wheel', "
-        "{deltaY: -1, cancelable: true}))"
+        "{deltaY: -100, cancelable: true}))"
     )
     before[0] -= 1  # toward the back: the file runs to the front
     opened.wait(f"{DATA}.file == '{','.join(map(str, before))}'")

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from tapct_fast import cli
 from tapct_fast.backbone.backbone import Backbone
 from tapct_fast.backbone.export import save_backbone
+from tapct_fast.backbone.load import load_backbone
 from tapct_fast.downstream.encode import embed_with_attention
 from tapct_fast.downstream.probe import fit_linear_head
 from tapct_fast.downstream.resample import labelled_tokens
@@ -360,3 +361,12 @@ def test_a_probe_head_segments_the_scan(
         found["labelMaps"][0]["labels"]
     )
     assert (out / "segmentation.png").exists()
+    other, own = "tokens of another backbone, or", "tokens of this backbone<"
+    assert other in (out / "view.html").read_text()
+
+    loaded = load_backbone(tmp_path / "backbone")
+    head = dataclasses.replace(head, fingerprint=loaded.fingerprint())
+    write_view(loaded, body.volume, tmp_path / "own", head=head)
+    page = (tmp_path / "own" / "view.html").read_text()
+    assert own in page
+    assert other not in page
