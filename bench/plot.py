@@ -25,7 +25,7 @@ from bench.figures import (
 )
 from bench.rows import FLOOR_SUBJECT, Ceilings, Point, Row, ceilings, flop_rate, number
 from tapct_fast.io.atomic import write_atomic
-from tapct_fast.report import facts_list, render_page
+from tapct_fast.report import Table, facts_list, render_page, table_html
 
 Key = tuple[str, str, str]
 
@@ -41,7 +41,7 @@ def write_plots(out: Path, points: Mapping[Key, Sequence[Point]]) -> list[Path]:
         What was written, the page first.
     """
     out.mkdir(parents=True, exist_ok=True)
-    written = [out / "bench.html"]
+    written = [out / "report.html"]
     write_atomic(written[0], page(points).encode())
     for device, rows in by_device(points).items():
         for name, drawing in pictures(device, rows).items():
@@ -93,9 +93,44 @@ def page(points: Mapping[Key, Sequence[Point]]) -> str:
         "was compared with a float64 or reference value. Times are p50 in milliseconds, with the "
         "range from p20 to p80."
     )
-    sections.append(("How to read this", "", facts_list(_READING)))
+    sections += [
+        (
+            "Environment",
+            "What the current rows were measured with, and at which commits of this repository.",
+            table_html(_environment(every)),
+        ),
+        ("How to read this", "", facts_list(_READING)),
+    ]
     text = render_page("Benchmarks", lead, tiles, sections, style=STYLE + _STYLE)
     return text.replace("<section>", _FILTER + "<section>", 1).replace("</main>", _SCRIPT, 1)
+
+
+def _environment(rows: Sequence[Row]) -> Table:
+    """Return machines and versions behind rows, with commits and the cases of each."""
+    found: dict[tuple[str, ...], dict[str, int]] = {}
+    for row in rows:
+        threads = row.values.get("torch_threads")
+        place = (
+            row.device,
+            *(str(row.values.get(name) or "-") for name in ("python", "numpy")),
+            row.versions_text,
+            "-" if threads is None else str(threads),
+        )
+        commits = found.setdefault(place, {})
+        commits[row.commit] = commits.get(row.commit, 0) + 1
+    columns = ("device", "python", "numpy", "torch and driver", "threads", "cases", "commits")
+    return Table(
+        "",
+        columns,
+        [
+            (
+                *place,
+                sum(commits.values()),
+                ", ".join(f"{commit} ({num})" for commit, num in commits.items()),
+            )
+            for place, commits in found.items()
+        ],
+    )
 
 
 def _device(device: str, rows: Sequence[Row], points: Mapping[Key, Sequence[Point]]) -> str:
@@ -306,6 +341,7 @@ summary:hover{color:var(--ink)}
 .filter input{flex:1;max-width:360px;font:inherit;color:var(--ink);background:var(--panel);
 border:1px solid var(--faint);border-radius:8px;padding:7px 12px}
 .filter input:focus{outline:2px solid var(--ours);outline-offset:1px}
+.plain :is(td,th){text-align:left;white-space:normal}
 [hidden]{display:none!important}
 @media (max-width:820px){.beside{grid-template-columns:1fr}}
 @media print{.filter{display:none}.case{break-inside:avoid}}

@@ -73,12 +73,14 @@ def _pack(args: argparse.Namespace) -> int:
     return 0
 
 
-def _say_refused(num_refused: int, num_usable: int, folder: Path) -> None:
+def _say_refused(
+    num_refused: int, num_usable: int, folder: Path, *, is_quiet: bool = False
+) -> None:
     from tapct_fast.io.quarantine import last_refusal
 
     if num_refused and not num_usable:
         raise last_refusal(folder)
-    if num_refused:
+    if num_refused and not is_quiet:
         print("reasons: quarantine.jsonl there; the input behind a case: tapct-fast locate --help")
 
 
@@ -217,6 +219,31 @@ def _watch(args: argparse.Namespace) -> int:
     return watch(args.run_dir, every=args.every, once=args.once, as_json=args.json)
 
 
+def _report(args: argparse.Namespace) -> int:
+    _existing([args.directory], "DIR")
+    from tapct_fast.embed_report import is_embedded, write_embed_report
+    from tapct_fast.monitor.record import read_record
+    from tapct_fast.monitor.run_report import write_run_report
+    from tapct_fast.train.checkpoint import has_run
+
+    if has_run(args.directory):
+        try:
+            write_run_report(args.directory, read_record(args.directory))
+        except OSError as error:
+            raise InputError(f"DIR cannot be written: {error.strerror}") from None
+    elif is_embedded(args.directory):
+        write_embed_report(args.directory)
+    elif (args.directory / "probe.json").exists():
+        raise InputError(
+            "DIR holds an evaluation, whose report.html is written with its probe.json; give the "
+            "same probe again, which encodes nothing anew"
+        )
+    else:
+        raise InputError("DIR holds neither a run nor features; name the --out of train or embed")
+    print("written: report.html in DIR")
+    return 0
+
+
 def _views(args: argparse.Namespace) -> int:
     config = recipes.override(recipes.recipe(args.recipe), _overrides(args.settings))
     _existing([args.store], "STORE")
@@ -229,12 +256,18 @@ def _views(args: argparse.Namespace) -> int:
 
 def _export(args: argparse.Namespace) -> int:
     from tapct_fast.backbone.export import export_backbone
+    from tapct_fast.backbone.model_card import Statement
 
     _existing([args.run_dir], "RUN")
     if args.format == "folder":
-        export_backbone(args.run_dir, args.out, which=args.which)
-        print("exported: model.safetensors, config.json and preprocessor.json in OUT")
+        statement = Statement(args.license, args.base_model, args.probe)
+        export_backbone(args.run_dir, args.out, which=args.which, statement=statement)
+        print("exported: model.safetensors, config.json, preprocessor.json and README.md in OUT")
+        if args.license is None:
+            print("the licence of the weights is unknown; state it in README.md before you share")
         return 0
+    if args.license or args.base_model or args.probe:
+        raise InputError("--license, --base-model and --probe are for the card of --format folder")
     from tapct_fast.backbone.load import load_backbone
     from tapct_fast.backbone.nnunet import export_nnunet
     from tapct_fast.backbone.portable import export_onnx, export_pt2
@@ -261,11 +294,23 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _embed(args: argparse.Namespace) -> int:
-    scans = _existing(args.scan, "SCAN")
+    scans = _existing(args.scan, "ARCHIVE")
+    if args.engine == "local" and (args.workers or args.ray_address):
+        raise InputError("--workers and --ray-address go with --engine ray")
     from tapct_fast.backbone.load import load_backbone
     from tapct_fast.downstream.embed import embed_scans
+    from tapct_fast.downstream.ray_engine import RayCluster
+    from tapct_fast.embed_report import write_embed_report
 
-    backbone = load_backbone(args.backbone, device=args.device)
+    cluster = None
+    if args.engine == "ray":
+        cluster = RayCluster(args.ray_address, args.workers or 0, args.device)
+    # Workers of a cluster have the GPUs; this machine need not.
+    backbone = load_backbone(
+        args.backbone,
+        device="cpu" if cluster else args.device,
+        precision="bf16" if cluster and args.device == "cuda" else None,
+    )
     report = embed_scans(
         backbone,
         scans,
@@ -274,22 +319,54 @@ def _embed(args: argparse.Namespace) -> int:
         batch_size=args.batch_size,
         series=args.series,
         check_hu=args.check_hu,
+        format=args.format,
+        timeout_s=args.timeout,
+        readers=args.readers,
+        memory_bytes=None if args.memory is None else int(args.memory * 2**30),
+        ray=cluster,
         progress=True,
+        every_s=args.every,
     )
-    print(
-        f"embedded {report.embedded}, already there {report.skipped}, "
-        f"quarantined {report.quarantined}"
-    )
-    _say_refused(report.quarantined, report.embedded + report.skipped, args.out)
+    write_embed_report(args.out)
+    if args.json:
+        print(json.dumps(report.progress))
+    else:
+        print(
+            f"embedded {report.embedded}, already there {report.skipped}, "
+            f"quarantined {report.quarantined}"
+        )
+    num_usable = report.embedded + report.skipped
+    _say_refused(report.quarantined, num_usable, args.out, is_quiet=args.json)
     return 0
 
 
 def _probe(args: argparse.Namespace) -> int:
-    labels = _existing(args.labels, "--labels")
-    _existing([args.features], "FEATURES")
-    from tapct_fast.downstream.probe import probe_folder
+    _existing([args.dataset], "DATASET")
+    from tapct_fast.evaluation.cases import read_dataset
+    from tapct_fast.evaluation.evaluate import evaluate
 
-    print(probe_folder(args.features, labels, folds=args.folds, seed=args.seed))
+    # A user's module:function is found beside where the command is given, as by python -m.
+    sys.path.insert(0, "")
+    found = evaluate(
+        read_dataset(args.dataset, splits=args.splits),
+        args.backbone,
+        out=args.out,
+        task=args.task,
+        decoder=args.decoder,
+        pooling=args.pooling,
+        head=args.head,
+        folds=args.folds,
+        shots=args.shots,
+        seed=args.seed,
+        device=args.device,
+        cache=args.cache,
+        check_hu=args.check_hu,
+        policy=args.policy,
+        progress=True,
+        notify=lambda line: print(f"tapct-fast probe: {line}", file=sys.stderr),
+    )
+    print(found)
+    print(f"\nencoded {found.num_encoded}; see report.html and probe.json in OUT")
     return 0
 
 
@@ -587,6 +664,16 @@ def _parser() -> _Parser:
     watch.add_argument("--json", action="store_true", help="one line of JSON per change")
     watch.set_defaults(run=_watch)
 
+    report = verbs.add_parser(
+        "report",
+        help="write the page of a run or of an embedded archive anew",
+        description="Recognise what train or embed left in DIR and write DIR/report.html: tables, "
+        "curves, settings, environment, hashes; one file without anything outside it. train and "
+        "embed write it themselves; docs/reports.md says what is in it.",
+    )
+    report.add_argument("directory", type=Path, metavar="DIR", help="--out of train or embed")
+    report.set_defaults(run=_report)
+
     views = verbs.add_parser(
         "views",
         help="show what the model sees: views and masks of chosen samples",
@@ -614,8 +701,8 @@ def _parser() -> _Parser:
     export = verbs.add_parser(
         "export",
         help="write the teacher of a run as a backbone",
-        description="Write model.safetensors, config.json and preprocessor.json to OUT, "
-        "or one file for another program; docs/export.md says what each holds.",
+        description="Write model.safetensors, config.json, preprocessor.json and a model card, "
+        "README.md, to OUT, or one file for another program; docs/export.md says what each holds.",
     )
     export.add_argument("run_dir", type=Path, metavar="RUN", help="run folder or one checkpoint")
     export.add_argument("out", type=Path, metavar="OUT")
@@ -626,6 +713,18 @@ def _parser() -> _Parser:
         default="folder",
         help="folder: for this library (default); pt2: compiled for PyTorch on this CPU; "
         "onnx: for ONNX Runtime; nnunet: a .pth to fine-tune from",
+    )
+    export.add_argument(
+        "--license", metavar="ID", help="of the weights, as apache-2.0; for README.md"
+    )
+    export.add_argument(
+        "--base-model", metavar="HUB_ID", help="what the run was started from; for README.md"
+    )
+    export.add_argument(
+        "--probe",
+        type=Path,
+        metavar="FILE",
+        help="probe.jsonl of the run or probe.json of an evaluation; its scores in README.md",
     )
     export.set_defaults(run=_export)
 
@@ -651,15 +750,20 @@ def _parser() -> _Parser:
         "embed",
         help="extract features of whole scans",
         description="Slide windows over each scan and write its feature volume (with affine), cls "
-        "tokens and pooled vector. Run it again to go on after a stop.",
+        "tokens and pooled vector, and a manifest of all scans. Each one is embedded exactly once: "
+        "run it again to go on after a stop. docs/embed.md says what the folder holds.",
     )
     embed.add_argument(
         "backbone", metavar="BACKBONE", help="exported folder, model.safetensors or hub id"
     )
     embed.add_argument(
-        "scan", type=Path, nargs="+", metavar="SCAN", help="scan file or DICOM series folder"
+        "scan",
+        type=Path,
+        nargs="+",
+        metavar="ARCHIVE",
+        help="scan file, DICOM series folder, or a folder searched for scans",
     )
-    embed.add_argument("--out", type=Path, required=True, metavar="DIR")
+    embed.add_argument("--out", type=Path, required=True, metavar="FEATURES", help="made if absent")
     embed.add_argument(
         "--overlap",
         type=float,
@@ -667,9 +771,51 @@ def _parser() -> _Parser:
         help="of neighbouring windows, 0 to 0.9 (default: 0.5)",
     )
     embed.add_argument(
-        "--batch-size", type=int, help="windows per forward (default: what free memory allows)"
+        "--batch-size", type=int, help="windows per forward (default: what the memory allows)"
     )
-    embed.add_argument("--device", default="cpu")
+    embed.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    embed.add_argument(
+        "--format",
+        choices=("safetensors", "zarr"),
+        default="safetensors",
+        help="a file per scan (default), or a Zarr v3 group per scan",
+    )
+    embed.add_argument(
+        "--timeout",
+        type=_positive,
+        default=600.0,
+        metavar="SECONDS",
+        help="for reading one scan; a later one is quarantined and the rest goes on (default: 600)",
+    )
+    embed.add_argument(
+        "--readers", type=int, metavar="N", help="scans read at a time (default: 1, on CUDA to 4)"
+    )
+    embed.add_argument(
+        "--memory",
+        type=_positive,
+        metavar="GIB",
+        help="for scans that are read ahead (default: a quarter of what is free)",
+    )
+    embed.add_argument(
+        "--engine",
+        choices=("local", "ray"),
+        default="local",
+        help="in this process (default), or on a Ray cluster",
+    )
+    embed.add_argument(
+        "--workers", type=int, metavar="N", help="of Ray (default: one per GPU, or per core)"
+    )
+    embed.add_argument(
+        "--ray-address", metavar="ADDRESS", help="of a running cluster (default: start one here)"
+    )
+    embed.add_argument(
+        "--every",
+        type=_positive,
+        default=10.0,
+        metavar="SECONDS",
+        help="between progress lines, off a terminal, and writings of progress.json (default: 10)",
+    )
+    embed.add_argument("--json", action="store_true", help="print the numbers as one line of JSON")
     embed.add_argument(
         "--no-check-hu",
         dest="check_hu",
@@ -681,21 +827,75 @@ def _parser() -> _Parser:
 
     probe = verbs.add_parser(
         "probe",
-        help="score frozen features: kNN and linear segmentation",
-        description="Cross-validated over scans: a kNN and a linear head on frozen patch features; "
-        "prints Dice per label with a 95 %% interval.",
+        help="say what frozen features are worth on labelled scans, beside rivals",
+        description="Encode every scan once with each backbone, fit the same head on each one's "
+        "features by cross-validation over patients, and print a table with 95 %% intervals and "
+        "paired differences. OUT gets report.html, probe.json and the features; run it again to go "
+        "on after a stop. docs/probe.md explains every number.",
     )
-    probe.add_argument("features", type=Path, metavar="FEATURES", help="output folder of embed")
     probe.add_argument(
-        "--labels",
+        "dataset",
         type=Path,
-        nargs="+",
-        required=True,
-        metavar="LABELS",
-        help="label maps, in the order of the scans",
+        metavar="DATASET",
+        help="nnU-Net raw folder, MONAI decathlon .json, or .csv with the column scan and any of "
+        "labels, patient, target, split, fold",
     )
-    probe.add_argument("--folds", type=int, default=4, help="cross-validation folds (default: 4)")
+    probe.add_argument(
+        "--backbone",
+        nargs="+",
+        action="extend",
+        required=True,
+        metavar="B",
+        help="exported folder, .safetensors or hub id; random:RECIPE or random:BACKBONE; "
+        "intensity; timm:NAME[@random]; monai:NAME@FILE.safetensors|random; module:function. "
+        "NAME=B is what tables call it; the first is compared with each other one",
+    )
+    probe.add_argument("--out", type=Path, required=True, metavar="OUT", help="made if absent")
+    probe.add_argument(
+        "--task",
+        choices=("segmentation", "classification", "regression", "retrieval"),
+        help="default: segmentation where there are label maps, else classification",
+    )
+    probe.add_argument(
+        "--decoder", choices=("linear", "conv"), default="linear", help="of segmentation"
+    )
+    probe.add_argument(
+        "--pooling",
+        choices=("mean", "mean+std", "max", "mean+std+max", "abmil"),
+        default="mean",
+        help="of the other tasks: from a scan's windows to its vector (default: mean)",
+    )
+    probe.add_argument(
+        "--head",
+        choices=("logistic", "ridge", "knn"),
+        help="default: logistic in classification, ridge in regression",
+    )
+    probe.add_argument(
+        "--folds", type=int, default=5, help="without a split in DATASET (default: 5)"
+    )
+    probe.add_argument(
+        "--splits",
+        type=Path,
+        metavar="FILE",
+        help="nnU-Net's splits_final.json (default: in DATASET)",
+    )
+    probe.add_argument(
+        "--shots", type=int, metavar="K", help="train on K scans only, K of each class"
+    )
     probe.add_argument("--seed", type=int, default=0)
+    probe.add_argument("--device", default="cpu")
+    probe.add_argument(
+        "--cache", type=Path, metavar="DIR", help="folder of the features (default: OUT/cache)"
+    )
+    probe.add_argument(
+        "--policy", choices=POLICIES, default="error", help="what scans are read; as in pack"
+    )
+    probe.add_argument(
+        "--no-check-hu",
+        dest="check_hu",
+        action="store_false",
+        help="accept values that do not look like HU",
+    )
     probe.set_defaults(run=_probe)
 
     view = verbs.add_parser(

@@ -15,6 +15,7 @@ from tapct_fast.report import (
     Figure,
     Interval,
     Rgb,
+    bars_html,
     css_color,
     curves_html,
     facts_list,
@@ -61,6 +62,7 @@ def write_report(path: Path, report: Report) -> None:
 
 def render_report(report: Report) -> str:
     """Return the page as HTML."""
+    stages = [(name, f"{seconds:.1f} s", seconds) for name, seconds in report.stages]
     limits = "".join(f"<li>{html.escape(limit)}</li>" for limit in report.limits)
     sections = [
         (
@@ -70,7 +72,7 @@ def render_report(report: Report) -> str:
         ),
         ("Training", report.curves_text, curves_html(report.curves)),
         ("Linear probe", report.scores_text, _scores(report.scores)),
-        ("Run", "", _stages(report.stages) + facts_list(report.facts)),
+        ("Run", "", bars_html(stages) + facts_list(report.facts)),
         ("What this is not", "", f'<ul class="limits">{limits}</ul>'),
     ]
     return render_page(report.title, report.lead, report.tiles, sections)
@@ -106,13 +108,3 @@ def _whiskers(score: Score) -> str:
         )
         parts.append(f'<circle class="{kind}" cx="{200 * mean:.1f}" cy="{y}" r="4"/>')
     return f'<svg viewBox="-6 0 212 24" aria-hidden="true">{"".join(parts)}</svg>'
-
-
-def _stages(stages: Sequence[tuple[str, float]]) -> str:
-    total = sum(seconds for _, seconds in stages) or 1.0
-    rows = "".join(
-        f'<tr><td>{html.escape(name)}</td><td class="number">{seconds:.1f} s</td>'
-        f'<td class="bar"><i style="width:{100 * seconds / total:.1f}%"></i></td></tr>'
-        for name, seconds in stages
-    )
-    return f'<table class="stages"><tbody>{rows}</tbody></table>' if rows else ""

@@ -45,12 +45,13 @@ td:nth-child(2){color:var(--soft)}
 th.bar .one{float:right}
 line.trained{stroke:var(--blue);stroke-width:2.5}circle.trained{fill:var(--blue)}
 line.untrained{stroke:var(--grey);stroke-width:2.5}circle.untrained{fill:var(--grey)}
-.stages{max-width:640px;margin-bottom:22px}
-.stages td:nth-child(1){width:220px}.stages td.number{width:80px;color:var(--ink);text-align:right}
-.stages i{height:8px;background:#a9c7f5;min-width:1px}
+.bars{max-width:640px;margin-bottom:22px}
+.bars td:nth-child(1){width:34%}
+.bars td.number{width:90px;padding-right:14px;color:var(--ink);text-align:right}
+.bars i{height:8px;background:#a9c7f5;min-width:1px}
 dl{display:grid;grid-template-columns:180px 1fr;gap:4px 16px;font-size:14px;margin:0}
 dt{color:var(--soft)}dd{margin:0;overflow-wrap:anywhere}
-.reasons{max-width:none}.reasons td:nth-child(1){width:55%}
+.reasons .bars{max-width:none}.reasons td:nth-child(1){width:55%}
 .findings td{vertical-align:top}.findings td:nth-child(-n+3){white-space:nowrap}
 .scroll{overflow-x:auto}
 .plain{width:auto;min-width:min(100%,420px)}
@@ -60,6 +61,7 @@ dt{color:var(--soft)}dd{margin:0;overflow-wrap:anywhere}
 .intervals td{vertical-align:middle}.intervals .bar{width:220px}
 summary{cursor:pointer;font-size:14px;color:var(--soft);padding:8px 0}
 summary:hover{color:var(--ink)}
+.histograms{display:grid;grid-template-columns:repeat(auto-fit,minmax(380px,1fr));gap:0 40px}
 section>dl+:is(details,.scroll),section>.scroll+dl,section>.scroll+.scroll{margin-top:18px}
 .limits{padding-left:20px;color:var(--soft);max-width:74ch}
 @media (max-width:640px){.row{grid-template-columns:repeat(2,1fr)}dl{grid-template-columns:1fr}

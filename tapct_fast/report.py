@@ -369,6 +369,26 @@ def environment_facts() -> list[tuple[str, str]]:
     return list(environment().items())
 
 
+def bars_html(rows: Sequence[tuple[str, str, float]], title: str = "") -> str:
+    """Return amounts as HTML, each a bar beside its number.
+
+    Args:
+        rows: Name, the number as text, and the length, to which the longest one is the scale.
+        title: Plain text; "" for none.
+    """
+    if not rows:
+        return ""
+    t = html.escape
+    longest = max(length for *_, length in rows) or 1.0
+    body = "".join(
+        f'<tr><td>{t(name)}</td><td class="number right">{t(number)}</td>'
+        f'<td class="bar"><i style="width:{100 * length / longest:.1f}%"></i></td></tr>'
+        for name, number, length in rows
+    )
+    heading = f"<h3>{t(title)}</h3>" if title else ""
+    return f'{heading}<table class="bars"><tbody>{body}</tbody></table>'
+
+
 def details_html(summary: str, content: str) -> str:
     """Return content (HTML) that opens when its summary (plain text) is clicked."""
     if not content:
@@ -381,4 +401,4 @@ def facts_list(facts: Sequence[tuple[str, str]]) -> str:
     rows = "".join(
         f"<dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>" for name, value in facts
     )
-    return f"<dl>{rows}</dl>"
+    return f"<dl>{rows}</dl>" if rows else ""

@@ -2,40 +2,16 @@
 
 import html
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 from tapct_fast import __version__
 from tapct_fast.io.atomic import write_atomic
 from tapct_fast.io.verify import Row, Verification
+from tapct_fast.reasons import reasons_html
 from tapct_fast.report import facts_list, render_page
 
 MAX_LISTED = 2000  # findings; a page of more is slow to open, and report.json has them all
-
-_MEANING = {
-    "input": "not there, out of reach, or its reader is not installed",
-    "integrity": "truncated or damaged bytes",
-    "header": "a header field is missing, impossible or undecodable",
-    "unsupported": "a valid file that is not one CT volume",
-    "dims": "sizes that no volume has",
-    "dtype": "values of a type that holds no HU, or that were rounded",
-    "rescale": "slope or intercept missing or ambiguous",
-    "non_finite": "NaN or infinite voxels",
-    "hu": "values that cannot be Hounsfield units",
-    "spacing": "voxel spacing missing, impossible or stated twice",
-    "units": "a unit of length that contradicts the spacing",
-    "orientation": "no or impossible patient orientation",
-    "form_conflict": "two statements of the geometry that disagree",
-    "shear": "axes that are not at right angles",
-    "tilt": "gantry tilt",
-    "missing_slices": "slices are missing",
-    "duplicate_slices": "several slices at one place",
-    "foreign_slices": "slices that do not belong to the volume",
-    "uneven_spacing": "slices at uneven distances",
-    "lossy": "lossy compression",
-    "padding": "padding values outside the scanned circle",
-    "limit": "larger than the limits",
-}
 
 
 def write_verify_report(path: Path, verification: Verification) -> None:
@@ -61,7 +37,11 @@ def render_verify_report(verification: Verification) -> str:
         "Every scan was read to its end: checksums, sizes, geometry and values.",
         tiles,
         [
-            ("Reasons", "Refused scans by the first reason.", _reasons(refused)),
+            (
+                "Reasons",
+                "Refused scans by the first reason.",
+                reasons_html(Counter(row.code for row in refused)),
+            ),
             (
                 "Refused scans",
                 "A scan is named by its case id; tapct-fast locate finds its source again.",
@@ -75,18 +55,6 @@ def render_verify_report(verification: Verification) -> str:
             ),
         ],
     )
-
-
-def _reasons(refused: Sequence[Row]) -> str:
-    counts = Counter(row.code for row in refused).most_common()
-    largest = max((count for _, count in counts), default=1)
-    rows = "".join(
-        f"<tr><td>{html.escape(_MEANING.get(code, ''))} ({html.escape(code)})</td>"
-        f'<td class="number">{count:,}</td>'
-        f'<td class="bar"><i style="width:{100 * count / largest:.1f}%"></i></td></tr>'
-        for code, count in counts
-    )
-    return f'<table class="stages reasons"><tbody>{rows}</tbody></table>' if rows else ""
 
 
 def _findings(rows: Iterable[Row]) -> str:

@@ -150,15 +150,18 @@ def test_the_page_stands_alone_and_names_every_case(
     written = tools.plot.write_plots(tmp_path / "out", points)
     names = sorted(path.name for path in written)
     assert names == [
-        *("bandwidth-gpu-a.png", "bandwidth-gpu-a.svg", "bench.html"),
+        *("bandwidth-gpu-a.png", "bandwidth-gpu-a.svg", "report.html"),
         *("roofline-gpu-a.png", "roofline-gpu-a.svg"),
         *("times-cpu-b.png", "times-cpu-b.svg", "times-gpu-a.png", "times-gpu-a.svg"),
     ]
-    html = (tmp_path / "out" / "bench.html").read_text()
+    html = (tmp_path / "out" / "report.html").read_text()
     assert not re.search(r"(src|href)=\"(?!#)|url\(|@import", html)
     assert "b &lt;&amp;&gt;" in html
     assert "b <&>" not in html
     assert "History: 2 commits" in html
+    environment = html.partition("<h2>Environment</h2>")[2].partition("</table>")[0]
+    # The current rows only: that of an earlier commit is in the history.
+    assert "other (1)" in environment
     pictures = re.findall(r"<svg[^>]*>(.{7})", html)
     assert set(pictures) == {"<title>"}  # each says what it shows
 

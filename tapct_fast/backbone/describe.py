@@ -17,6 +17,7 @@ from tapct_fast import __version__, _native
 from tapct_fast.backbone.architecture import canonical_names
 from tapct_fast.backbone.backbone import Backbone
 from tapct_fast.backbone.load import BackboneFiles
+from tapct_fast.backbone.model_card import UNKNOWN_LICENSE
 from tapct_fast.backbone.schema import read_weights_sha256
 from tapct_fast.io.atomic import sha256_file
 
@@ -79,7 +80,7 @@ def stated_license(files: BackboneFiles) -> str | None:
             text = file.read(1 << 16).decode(errors="replace")
         front = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
         entry = re.search(r"^license:[ \t]*(\S.*)$", front[1], re.MULTILINE) if front else None
-        if entry:
+        if entry and _plain(entry[1]) != UNKNOWN_LICENSE:
             return f"{_plain(entry[1])} (README.md)"
     if files.config is not None:
         stated = json.loads(files.config.read_bytes()).get("license")

@@ -1,13 +1,15 @@
 """Write a backbone as a folder: ``model.safetensors``, ``config.json``, ``preprocessor.json``.
 
 A fourth file, ``preprocessor_config.json``, only tells transformers which class reads the third.
+The backbone of a run also gets its model card, ``README.md``.
 """
 
 import hashlib
+import json
 import math
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -19,7 +21,14 @@ from torch import Tensor
 
 from tapct_fast.backbone.architecture import PREFIX, check_state
 from tapct_fast.backbone.backbone import Backbone, best_precision
-from tapct_fast.backbone.load import WEIGHTS_FILE
+from tapct_fast.backbone.load import CARD_FILE, WEIGHTS_FILE
+from tapct_fast.backbone.model_card import (
+    Statement,
+    Training,
+    check_statement,
+    is_untouched,
+    write_model_card,
+)
 from tapct_fast.backbone.preprocess import Preprocess
 from tapct_fast.backbone.schema import (
     CONFIG_FILE,
@@ -31,35 +40,76 @@ from tapct_fast.backbone.schema import (
 )
 from tapct_fast.config import Config, VitConfig, from_json
 from tapct_fast.errors import CheckpointError, ConfigError, FormatError, InputError
-from tapct_fast.io.atomic import atomic_folder, read_json
+from tapct_fast.io.atomic import atomic_folder, read_json, read_limited
 from tapct_fast.model.vit import Vit
 
 # What train/checkpoint.py writes; this layer does not import it.
 _CHECKPOINT = ("tapct-checkpoint", 2)
+_SESSIONS = "sessions.jsonl"
 _STEP_FOLDER = re.compile(r"step-\d{8,}")  # others were set aside as damaged
 _BACKBONE_PREFIX = "backbone."
 
 
 def export_backbone(
-    checkpoint_dir: Path, out: Path, *, which: Literal["teacher", "student"] = "teacher"
+    checkpoint_dir: Path,
+    out: Path,
+    *,
+    which: Literal["teacher", "student"] = "teacher",
+    statement: Statement | None = None,
 ) -> Path:
-    """Write the backbone of a training checkpoint; the heads stay behind.
+    """Write the backbone of a training checkpoint with its model card; the heads stay behind.
 
     Args:
         checkpoint_dir: A run folder, whose newest intact checkpoint is taken (a warning says if
             that is not the newest), or one checkpoint folder.
         out: New folder, or one that holds a backbone and nothing else: it is replaced in one step.
         which: The EMA teacher, which evaluates better, or the student.
+        statement: What the run cannot know for the model card: licence, base model, scores.
 
     Returns:
         ``out``.
 
     Raises:
-        InputError: There is no checkpoint, or ``out`` holds other files.
+        InputError: There is no checkpoint, ``out`` holds other files or a card that was edited, or
+            the statement cannot be used.
+        FormatError: The statement's file of scores is damaged.
         CheckpointError: The checkpoint is damaged.
     """
+    said = statement or Statement()
+    check_statement(said)
     saved = read_checkpoint(checkpoint_dir, which)
-    return _write(saved.backbone(), saved.config.vit, _preprocess(saved.config), out)
+    training = _training(saved, which)
+    return _write(
+        saved.backbone(),
+        saved.config.vit,
+        preprocess_of(saved.config),
+        out,
+        finish=lambda folder: write_model_card(folder, training, said),
+    )
+
+
+def _training(saved: "SavedNetworks", which: Literal["teacher", "student"]) -> Training:
+    """Return what the card says of the run; the number of scans is in the run's folder."""
+    state = read_json(saved.folder / "state.json", "checkpoint state")
+    sessions = saved.folder.parent.parent / _SESSIONS
+    num_scans = None
+    if saved.folder.parent.name == "checkpoints" and sessions.is_file():
+        num_scans = _num_scans(read_limited(sessions, "sessions"), state.get("store"))
+    step = int(state["step"])
+    return Training(saved.config, step, which, saved.sha256, state, num_scans)
+
+
+def _num_scans(rows: bytes, store: object) -> int | None:
+    """Return the number of scans that a session with this store was given."""
+    found = None
+    for line in rows.splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue  # cut short by a kill
+        if isinstance(row, dict) and row.get("store") == store:
+            found = row.get("num_scans")
+    return found if isinstance(found, int) else None
 
 
 def read_teacher(checkpoint_dir: Path, *, device: str | torch.device) -> Backbone:
@@ -74,11 +124,12 @@ def read_teacher(checkpoint_dir: Path, *, device: str | torch.device) -> Backbon
         vit = Vit(saved.config.vit, saved.config.hu)
     vit.load_state_dict(check_state(saved.config.vit, saved.backbone()), assign=True)
     place = torch.device(device)
-    backbone = Backbone(vit, _preprocess(saved.config), precision=best_precision(place))
+    backbone = Backbone(vit, preprocess_of(saved.config), precision=best_precision(place))
     return backbone.to(place).eval()
 
 
-def _preprocess(config: Config) -> Preprocess:
+def preprocess_of(config: Config) -> Preprocess:
+    """Return the preprocessing of a backbone that is trained with a config."""
     image_zyx, patch_zyx = config.vit.image_zyx, config.vit.patch_zyx
     return Preprocess(
         resize_yx=image_zyx[1:],
@@ -99,11 +150,18 @@ def save_backbone(backbone: Backbone, out: Path) -> Path:
 
 
 def _write(
-    named: Mapping[str, Tensor], config: VitConfig, preprocess: Preprocess, out: Path
+    named: Mapping[str, Tensor],
+    config: VitConfig,
+    preprocess: Preprocess,
+    out: Path,
+    *,
+    finish: Callable[[Path], object] = lambda _: None,
 ) -> Path:
-    ours = {WEIGHTS_FILE, CONFIG_FILE, PREPROCESSOR_FILE, PROCESSOR_CLASS_FILE}
+    ours = {WEIGHTS_FILE, CONFIG_FILE, PREPROCESSOR_FILE, PROCESSOR_CLASS_FILE, CARD_FILE}
     if out.exists() and (not out.is_dir() or {p.name for p in out.iterdir()} - ours):
         raise InputError("OUT exists and holds other files; name a new folder")
+    if (out / CARD_FILE).is_file() and not is_untouched(out / CARD_FILE):
+        raise InputError(f"OUT holds a {CARD_FILE} that was edited; move it, or name a new folder")
     state = check_state(config, named)
     tensors = {PREFIX + name: tensor.cpu().contiguous() for name, tensor in state.items()}
     try:
@@ -115,6 +173,7 @@ def _write(
             (folder / CONFIG_FILE).write_bytes(config_json(config, weights_sha256=digest))
             (folder / PREPROCESSOR_FILE).write_bytes(preprocess_json(preprocess))
             (folder / PROCESSOR_CLASS_FILE).write_bytes(processor_class_json())
+            finish(folder)
     except OSError as error:
         raise InputError(f"OUT cannot be written: {error.strerror}") from None
     return out
@@ -126,6 +185,7 @@ class SavedNetworks(NamedTuple):
     tensors: dict[str, Tensor]  # backbone.*, dino_head.*, ibot_head.*, and centers of the teacher
     config: Config
     sha256: str  # of the file they were read from
+    folder: Path  # of the checkpoint
 
     def backbone(self) -> dict[str, Tensor]:
         """Return the backbone's tensors under ``Vit``'s names."""
@@ -172,7 +232,8 @@ def _read_step(step: Path, which: str) -> SavedNetworks:
         files = manifest["files"]
         config = from_json(Config, _verified(step, files, "config.json").decode())
         tensors = load_tensors(_verified(step, files, name))
-        return SavedNetworks(tensors, config, files[name]["sha256"])
+        _verified(step, files, "state.json")
+        return SavedNetworks(tensors, config, files[name]["sha256"], step)
     except (FormatError, ConfigError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"damaged: {str(error).splitlines()[0]}") from None
 

@@ -29,7 +29,7 @@ from tapct_kernels.attention import BackendName
 WEIGHTS_FILE = "model.safetensors"
 CARD_FILE = "README.md"  # the hub's model card
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 class BackboneFiles(NamedTuple):
@@ -149,7 +149,7 @@ def find_files(path_or_repo: str | Path, revision: str | None = None) -> Backbon
         if (path / "checkpoints").is_dir() or (path / "manifest.json").is_file():
             raise InputError("BACKBONE is a training run; make a backbone of it: tapct-fast export")
         raise InputError(f"the backbone folder holds no {WEIGHTS_FILE}")
-    if isinstance(path_or_repo, str) and _HUB_ID.fullmatch(path_or_repo):
+    if isinstance(path_or_repo, str) and HUB_ID.fullmatch(path_or_repo):
         return _neighbours(_download(path_or_repo, revision) / WEIGHTS_FILE)
     raise InputError(
         "the backbone is neither a folder, a .safetensors file nor a hub id owner/name"

@@ -1,33 +1,63 @@
-"""Features of many scans in a folder: only what is missing is encoded."""
+"""Features of many scans in a folder, each scan exactly once however often the work is cut short.
 
-from collections import deque
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+The folder::
+
+    cases/<id>.safetensors, .json   features of a scan (or <id>.zarr), and their record
+    refused/<id>.json               why a scan has no features
+    manifest.parquet, index.json    the scans of the last finished call, in input order
+    quarantine.jsonl                every refusal, with field, reason and code
+    settings.json                   what the features depend on
+    progress.json                   numbers of the running or last call
+    .key, .lock                     the secret behind the ids; held while a process writes here
+
+Nothing in it holds a path or a name. But for ``progress.json``, which holds times, the bytes of a
+finished call are those of one that nothing interrupted.
+"""
+
+import contextlib
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
-
-from tqdm import tqdm
+from typing import Any
 
 from tapct_fast.backbone.backbone import Backbone
-from tapct_fast.downstream.encode import embed_volume
-from tapct_fast.downstream.features import FORMAT, VERSION, save_features
+from tapct_fast.downstream.archive import Done, Item, Job, embed_items
+from tapct_fast.downstream.encode import free_host_bytes, steady_batch_size
+from tapct_fast.downstream.features import SUFFIXES
+from tapct_fast.downstream.manifest import INDEX_FILE, require_pyarrow, write_lists
+from tapct_fast.downstream.progress import Progress
+from tapct_fast.downstream.ray_engine import RayCluster, embed_on_ray
+from tapct_fast.downstream.records import CASES, REFUSED, FeatureFormat
 from tapct_fast.downstream.windows import tile
 from tapct_fast.errors import InputError
 from tapct_fast.io.atomic import read_json, write_json
 from tapct_fast.io.case_id import case_id, ensure_key
-from tapct_fast.io.quarantine import Refusal, read_or_refuse, write_quarantine
-from tapct_fast.io.read import find_scans
-from tapct_fast.io.volume import Volume
+from tapct_fast.io.read import iter_scans
 
-INDEX_FILE, SETTINGS_FILE = "index.json", "settings.json"
+__all__ = ["INDEX_FILE", "EmbedReport", "embed_scans"]
+
+SETTINGS_FILE = "settings.json"
+_MOST_READERS = 4  # of scans that are read at a time for a GPU
 
 
-class EmbedReport(NamedTuple):
-    """Scans of one ``embed_scans`` call that were embedded, were there before, were refused."""
+@dataclass(frozen=True, slots=True)
+class EmbedReport:
+    """Scans of one ``embed_scans`` call that were embedded, were there before, were refused.
+
+    Attributes:
+        embedded: In this call.
+        skipped: Features of the same files were there.
+        quarantined: Have no features, now or from an earlier call; see ``quarantine.jsonl``.
+        progress: The content of ``progress.json``: scans per second, shares of time, versions.
+    """
 
     embedded: int
     skipped: int
     quarantined: int
+    progress: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
 
 def embed_scans(
@@ -39,94 +69,164 @@ def embed_scans(
     batch_size: int | None = None,
     series: str | None = None,
     check_hu: bool = True,
+    format: FeatureFormat = "safetensors",
+    timeout_s: float = 600.0,
+    readers: int | None = None,
+    memory_bytes: int | None = None,
+    ray: RayCluster | None = None,
     progress: bool = False,
+    every_s: float = 10.0,
 ) -> EmbedReport:
-    """Embed scans into a folder; run again, it embeds only what is missing.
+    """Embed scans into a folder; run again, it embeds only what is missing or has changed.
 
-    Files: ``cases/<id>.safetensors`` and ``.json`` per scan; ``index.json`` lists the scans of the
-    last call in input order; ``quarantine.jsonl`` those that could not be read, with field and
-    reason (they are tried again in the next run); ``settings.json`` what the features depend on.
-    Ids are keyed hashes: without ``.key`` they say nothing about the scans.
+    A scan that could not be read is passed over with field and reason, and tried again when its
+    files have changed, or in the next run where the reason may have passed (storage, memory, a
+    missing package). Ids are keyed hashes: without ``.key`` they say nothing about the scans.
 
     Args:
         backbone: From ``load_backbone``.
         paths: Scan files, DICOM series folders, or folders searched recursively.
-        out: Made if it is missing.
+        out: Made if it is missing. One process at a time may write it.
         overlap: See ``embed_volume``.
-        batch_size: See ``embed_volume``; does not change the features beyond rounding.
+        batch_size: Windows per forward pass; does not change the features beyond rounding. None
+            takes what the device's memory allows, and in later runs what the first one took, so
+            that every bit repeats.
         series: See ``read_volume``; for paths that are all DICOM folders.
         check_hu: Refuse scans whose values cannot be HU.
-        progress: Show a progress bar on stderr.
+        format: ``safetensors``, a file per scan, or ``zarr``, a Zarr v3 group per scan.
+        timeout_s: For reading one scan; a read that does not end is left behind.
+        readers: Scans read at a time beside the encoder; None takes 1 for a CPU, up to 4 for a GPU.
+        memory_bytes: For scans read ahead, by their headers; None takes a quarter of what is free.
+        ray: Do the work on a Ray cluster instead of in this process; the bytes are the same.
+        progress: Show a progress bar on stderr, off a terminal a line now and then.
+        every_s: Seconds between lines, and between writings of ``progress.json``.
 
     Raises:
-        InputError: A path holds no scan, ``out`` cannot be written or holds features of another
-            backbone or overlap.
-        BackboneError: The features are not finite.
+        InputError: A path holds no scan, a package is missing, ``out`` cannot be written, is being
+            written by another process or holds features of another backbone or overlap.
+        StoppedError: The storage or the cluster does not answer; the same call goes on.
     """
-    scans = find_scans(paths)
+    require_pyarrow()
     tile((1, 1, 1), (1, 1, 1), overlap)  # refuse a bad overlap before the first scan is read
+    if format not in SUFFIXES:
+        raise InputError(f"format={format!r} is not one of {', '.join(SUFFIXES)}")
+    for name, number in (
+        *(("batch_size", batch_size), ("readers", readers), ("memory_bytes", memory_bytes)),
+        *(("timeout_s", timeout_s), ("every_s", every_s)),
+    ):
+        if number is not None and number <= 0:
+            raise InputError(f"{name}={number} is not positive")
+    places = [os.fsencode(scan) for scan in iter_scans(paths)]
+    device = backbone.device if ray is None else ray.torch_device
+    job = Job(
+        out=out,
+        backbone=backbone.fingerprint(),
+        format=format,
+        overlap=overlap,
+        batch_size=batch_size or 0,
+        series=series,
+        check_hu=check_hu,
+        timeout_s=timeout_s,
+        readers=readers or (1 if device.type == "cpu" else min(_MOST_READERS, os.cpu_count() or 1)),
+        memory_bytes=memory_bytes or free_host_bytes() // 4,
+    )
     try:
-        return _embed_scans(backbone, scans, out, overlap, batch_size, series, check_hu, progress)
+        (out / CASES).mkdir(parents=True, exist_ok=True)
+        (out / REFUSED).mkdir(exist_ok=True)
+        with _locked(out):
+            _sweep(out)
+            size = _settle(job, batch_size, steady_batch_size(backbone, device))
+            job = job._replace(batch_size=size)
+            return _embed_scans(backbone, places, job, ray, progress, every_s)
     except OSError as error:
         raise InputError(f"the output folder cannot be written: {error.strerror}") from None
 
 
 def _embed_scans(
     backbone: Backbone,
-    scans: Sequence[Path],
-    out: Path,
-    overlap: float,
-    batch_size: int | None,
-    series: str | None,
-    check_hu: bool,
+    places: Sequence[bytes],
+    job: Job,
+    ray: RayCluster | None,
     progress: bool,
+    every_s: float,
 ) -> EmbedReport:
-    (out / "cases").mkdir(parents=True, exist_ok=True)
-    _require_same_settings(out, {"backbone": backbone.fingerprint(), "overlap": overlap})
-    key = ensure_key(out)
-    ids = [case_id(scan, key, series) for scan in scans]
-    refused: list[Refusal] = []
-    embedded = 0
-    todo = dict(zip(ids, scans, strict=True))  # a scan named twice is embedded once
-    missing = [case for case in todo if not _is_there(out, case)]
-    skipped = len(todo) - len(missing)
-    # The next scan is read while this one is encoded.
-    with ThreadPoolExecutor(1, "embed-read") as reader:
-        reads: deque[Future[Volume | Refusal]] = deque()
-        for i, case in enumerate(tqdm(missing, desc="embed", unit="scan", disable=not progress)):
-            for ahead in missing[i + len(reads) : i + 2]:
-                reads.append(
-                    reader.submit(
-                        read_or_refuse, todo[ahead], ahead, series=series, check_hu=check_hu
-                    )
-                )
-            volume = reads.popleft().result()
-            if isinstance(volume, Refusal):
-                refused.append(volume)
-                continue
-            features = embed_volume(backbone, volume, overlap=overlap, batch_size=batch_size)
-            save_features(features, out / "cases" / f"{case}.safetensors")
-            embedded += 1
-    write_quarantine(out, ids, refused)
-    bad = {refusal.case for refusal in refused}
-    cases = [{"case": case, "is_quarantined": case in bad} for case in ids]
-    write_json(out / INDEX_FILE, {"format": FORMAT, "version": VERSION, "cases": cases})
-    return EmbedReport(embedded, skipped, len(refused))
+    key = ensure_key(job.out)
+    # An id and a path of bytes per scan, about 200 bytes; paths as objects take five times that.
+    ids = [case_id(Path(os.fsdecode(place)), key, job.series) for place in places]
+    items = (Item(case, Path(os.fsdecode(place))) for case, place in zip(ids, places, strict=True))
+    about = {
+        "engine": "local" if ray is None else "ray",
+        "workers": 1 if ray is None else ray.workers,
+        "device": (backbone.device if ray is None else ray.torch_device).type,
+        "backbone": job.backbone,
+        "settings": {
+            name: getattr(job, name)
+            for name in ("format", "overlap", "batch_size", "check_hu", "timeout_s", "readers")
+        },
+    }
+    log = Progress(job.out, len(ids), is_shown=progress, every_s=every_s, about=about)
+    with log:
+        done: Iterator[Done]
+        if ray is None:
+            done = embed_items(backbone, job, items)
+        else:
+            done = embed_on_ray(backbone, job, items, len(ids), ray)
+        with contextlib.closing(done):  # type: ignore[type-var]  # both are generators
+            for scan in done:
+                log.add(scan)
+        write_lists(job.records, ids, job.backbone)
+    sums = log.sums()
+    return EmbedReport(sums["embedded"], sums["skipped"], sums["quarantined"], sums)
 
 
-def _is_there(out: Path, case: str) -> bool:
-    path = out / "cases" / f"{case}.safetensors"
-    return path.is_file() and path.with_suffix(".json").is_file()
+@contextlib.contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """Hold the folder's lock; the system releases it when the process ends, however it ends."""
+    with (out / ".lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read(20).strip()
+            who = f"process {holder}" if holder.isdecimal() else "another process"
+            raise InputError(
+                f"OUT is being written by {who}; wait for its end, or name another folder"
+            ) from None
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        try:
+            yield
+        finally:
+            file.truncate(0)
 
 
-def _require_same_settings(out: Path, settings: dict[str, Any]) -> None:
-    path = out / SETTINGS_FILE
+def _sweep(out: Path) -> None:
+    """Remove what killed runs were writing: the lock says that nobody is."""
+    for folder in (out, out / CASES, out / REFUSED):
+        with os.scandir(folder) as entries:
+            left_over = [e for e in entries if e.name.startswith(".") and e.name.endswith(".tmp")]
+        for entry in left_over:
+            if entry.is_dir(follow_symlinks=False):
+                shutil.rmtree(entry.path)
+            else:
+                Path(entry.path).unlink()
+
+
+def _settle(job: Job, asked: int | None, steady: int) -> int:
+    """Refuse to mix features of other settings, and return the windows per forward pass."""
+    path = job.out / SETTINGS_FILE
+    settings = {"backbone": job.backbone, "overlap": job.overlap, "format": job.format}
     if not path.exists():
-        write_json(path, settings)
-        return
+        write_json(path, {**settings, "batch_size": asked or steady})
+        return asked or steady
     found = read_json(path, "embed settings")
+    if not isinstance(found, dict):
+        found = {}
     for name, value in settings.items():
-        if not isinstance(found, dict) or found.get(name) != value:
+        if found.get(name) != value:
             raise InputError(
                 f"OUT holds features with another {name}; name a new folder, or embed as before"
             )
+    size = found.get("batch_size")
+    return asked or (size if isinstance(size, int) and size > 0 else steady)

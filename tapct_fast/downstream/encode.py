@@ -4,6 +4,7 @@ Shape suffixes: B batch of windows, C channels or width, Z Y X voxels or tokens,
 N windows, D width, H heads.
 """
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -220,7 +221,7 @@ def _encode(
         try:
             out = run(torch.stack([plan.pixels_CZYX[box] for box in boxes]))
         except RuntimeError as error:
-            if batch_size == 1 or not _is_out_of_memory(error):
+            if batch_size == 1 or not is_out_of_memory(error):
                 raise
             batch_size //= 2
         else:
@@ -231,16 +232,42 @@ def _encode(
             torch.cuda.empty_cache()
 
 
+def steady_batch_size(backbone: Backbone, device: torch.device | None = None) -> int:
+    """Return windows per forward pass by the whole memory of the device, not by what is free.
+
+    So it is the same whenever it is asked on one machine, and with it every bit of the features.
+
+    Args:
+        backbone: Its own window size counts.
+        device: By default the backbone's.
+    """
+    config, device = backbone.vit.config, device or backbone.device
+    each = _bytes_per_window(backbone, config.grid_zyx)
+    if device.type != "cuda":
+        whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    elif torch.cuda.is_available():
+        whole = torch.cuda.get_device_properties(device).total_memory
+    else:
+        whole = 2**33  # a GPU of a machine that is not this one
+    return max(1, min(_MOST_WINDOWS.get(device.type, 1), int(0.4 * whole) // each))
+
+
 def _windows_that_fit(backbone: Backbone, plan: _Plan) -> int:
-    device, config = backbone.device, backbone.vit.config
-    num_tokens = int(np.prod(plan.window_zyx)) + 1 + config.num_registers
-    each = num_tokens * config.dim * _BYTES_PER_VALUE
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_host_bytes()
+    device = backbone.device
+    each = _bytes_per_window(backbone, plan.window_zyx)
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_host_bytes()
     most = _MOST_WINDOWS.get(device.type, 1)
     return max(1, min(most, int(0.6 * free) // each))
 
 
-def _free_host_bytes() -> int:
+def _bytes_per_window(backbone: Backbone, window_zyx: Zyx) -> int:
+    config = backbone.vit.config
+    num_tokens = int(np.prod(window_zyx)) + 1 + config.num_registers
+    return num_tokens * config.dim * _BYTES_PER_VALUE
+
+
+def free_host_bytes() -> int:
+    """Return the memory that can be had without swapping, 1 GiB where the system does not say."""
     info = Path("/proc/meminfo")
     for line in info.read_text().splitlines() if info.exists() else []:
         if line.startswith("MemAvailable:"):
@@ -248,7 +275,8 @@ def _free_host_bytes() -> int:
     return 2**30
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Tell torch's errors for want of memory from its others."""
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 

@@ -5,7 +5,6 @@ Shape suffixes: N rows (tokens), D width, K classes, J neighbours, S scans.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -15,12 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tapct_fast.downstream.dice import ProbeResult, confusion_matrix, summarise
-from tapct_fast.downstream.embed import INDEX_FILE
-from tapct_fast.downstream.features import FORMAT, Features, load_features
+from tapct_fast.downstream.features import Features
 from tapct_fast.downstream.resample import check_classes, classify_voxels, labelled_tokens
-from tapct_fast.errors import FormatError, InputError
-from tapct_fast.io.atomic import read_json
-from tapct_fast.io.read import read_labels
+from tapct_fast.errors import InputError
 from tapct_fast.io.volume import Volume
 
 Scan = tuple[Features, Volume]  # the volume holds class numbers, 0 for background
@@ -277,34 +273,6 @@ class ScanProbe(NamedTuple):
         return f"{self.knn}\n\n{self.linear}\n\n{self.num_folds}-fold cross-validation over scans"
 
 
-def probe_folder(
-    features: Path, labels: Sequence[Path], *, folds: int = 4, seed: int = 0
-) -> ScanProbe:
-    """Score an output folder of ``embed_scans`` by cross-validation over its scans.
-
-    Args:
-        features: The folder.
-        labels: Label maps, one per scan in the order the scans were given; those of quarantined
-            scans are passed over. Label 0 is background.
-        folds: At most; with fewer scans, each is left out once.
-        seed: Draws folds, training tokens and the bootstrap.
-
-    Raises:
-        InputError: Numbers of scans and label maps differ, or there are fewer than two scans.
-        FormatError: The folder or a label map is damaged.
-    """
-    cases = _cases(features)
-    if len(cases) != len(labels):
-        raise InputError(f"{len(labels)} label maps for {len(cases)} scans; give one per scan")
-    pairs = zip(cases, labels, strict=True)
-    kept = [(case, path) for (case, is_quarantined), path in pairs if not is_quarantined]
-    scans = [
-        (load_features(features / "cases" / f"{case}.safetensors"), read_labels(path))
-        for case, path in kept
-    ]
-    return probe_scans(scans, folds=folds, seed=seed)
-
-
 def probe_scans(scans: Sequence[Scan], *, folds: int = 4, seed: int = 0) -> ScanProbe:
     """Score features by cross-validation over their scans.
 
@@ -349,14 +317,3 @@ def probe_scans(scans: Sequence[Scan], *, folds: int = 4, seed: int = 0) -> Scan
         cross_validate("linear head", fit_linear_head, LINEAR_TOKENS),
         folds,
     )
-
-
-def _cases(features: Path) -> list[tuple[str, bool]]:
-    """Return id and whether it was quarantined, per scan in input order."""
-    index = read_json(features / INDEX_FILE, "features index")
-    if not isinstance(index, dict) or index.get("format") != FORMAT:
-        raise FormatError("features index", "not a features folder; make one: tapct-fast embed")
-    try:
-        return [(str(row["case"]), bool(row["is_quarantined"])) for row in index["cases"]]
-    except (KeyError, TypeError):
-        raise FormatError("features index", "it is damaged; run tapct-fast embed again") from None

@@ -45,6 +45,8 @@ Code = Literal[
     "lossy",
     "padding",
     "limit",  # larger than the limits: a bomb, or a scan beyond them
+    "timeout",  # the storage did not answer in time
+    "memory",  # reading or encoding it takes more memory than there is
 ]
 CODES: tuple[str, ...] = get_args(Code)
 

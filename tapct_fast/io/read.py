@@ -3,6 +3,7 @@
 Shape suffixes: Z Y X voxels.
 """
 
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -197,22 +198,31 @@ def find_scans(paths: Sequence[Path]) -> list[Path]:
     Raises:
         InputError: A path does not exist or holds no scan; it is named by its position.
     """
-    scans: dict[Path, Path] = {}
+    return list(iter_scans(paths))
+
+
+def iter_scans(paths: Sequence[Path]) -> Iterator[Path]:
+    """Yield what ``find_scans`` lists while the search goes on; of a scan passed it keeps 16 bytes.
+
+    Raises:
+        InputError: See ``find_scans``; in its turn.
+    """
+    seen: set[bytes] = set()
     for number, path in enumerate(paths, start=1):
-        if path.is_dir():
-            found = list(_search(path))
-        elif path.exists():
-            found = [path]
-        else:
+        if not path.exists():
             raise InputError(f"input {number} does not exist; check the path")
-        if not found:
+        is_empty = True
+        for scan in _search(path) if path.is_dir() else [path]:
+            is_empty = False
+            place = hashlib.blake2b(os.fsencode(scan.resolve()), digest_size=16).digest()
+            if place not in seen:
+                seen.add(place)
+                yield scan
+        if is_empty:
             raise InputError(
                 f"input {number} is a folder without scans; a scan is a .nii, .nii.gz, .nrrd, "
                 ".nhdr, .mha or .mhd file, or a folder or zip archive of DICOM slices"
             )
-        for scan in found:
-            scans.setdefault(scan.resolve(), scan)
-    return list(scans.values())
 
 
 def _search(folder: Path) -> Iterator[Path]:

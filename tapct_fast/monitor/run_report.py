@@ -6,6 +6,7 @@ goes on the page loads itself anew; the browser keeps the place.
 """
 
 import html
+import re
 import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -143,7 +144,7 @@ def render_run_report(record: Record, *, is_running: bool) -> str:
         ),
         ("Settings", "", settings_html(record.config)),
         ("Data and hashes", "", facts_list(_data_facts(record)) + _checkpoints(record)),
-        ("Environment", "Of the last start.", facts_list(_environment(record))),
+        ("Environment", "Of the last start.", _environment_of_last(record.sessions)),
         ("What this is not", "", _LIMITS),
     ]
     color = {"ok": "#15803d", "warn": "#b45309", "bad": "#b91c1c"}[worst(findings)]
@@ -151,13 +152,12 @@ def render_run_report(record: Record, *, is_running: bool) -> str:
         "Training run",
         headline(record, findings),
         _tiles(record),
-        [(name, text, content) for name, text, content in sections if content != _EMPTY],
+        sections,
         style=f"{_STYLE}.lead{{border-left-color:{color};color:{color}}}",
         script=_SCRIPT if is_running else "",
     )
 
 
-_EMPTY = facts_list([])
 # A reload keeps the place by itself; a page that nobody looks at need not load.
 _SCRIPT = f"setInterval(()=>document.hidden||location.reload(),{1000 * EVERY_SECONDS:.0f})"
 
@@ -243,13 +243,18 @@ def _incidents(incidents: Sequence[Row]) -> str:
             f"{row['step']:,}",
             "went back" if row.get("kind") == "roll back" else "skipped",
             str(row.get("cause", "")),
-            str(row.get("checkpoint") or "start"),
+            _place(str(row.get("checkpoint", ""))),
         )
         for row in reversed(incidents[-MAX_LISTED:])
     ]
     rest = len(incidents) - MAX_LISTED
     remark = f"{rest:,} earlier ones are in incidents.jsonl." if rest > 0 else ""
-    return table_html(Table("", ("step", "what", "cause", "checkpoint"), rows, remark))
+    return table_html(Table("", ("step", "what", "cause", "replayed from"), rows, remark))
+
+
+def _place(checkpoint: str) -> str:
+    found = re.fullmatch(r"step-(\d+)", checkpoint)
+    return f"step {int(found[1]):,}" if found else "the start"
 
 
 def _sessions(sessions: Sequence[Row]) -> str:
@@ -267,8 +272,7 @@ def _sessions(sessions: Sequence[Row]) -> str:
 
 
 def _of(session: Row, name: str) -> str | None:
-    value = (session.get("environment") or {}).get(name)
-    return None if value is None else str(value)
+    return dict(_environment(session)).get(name)
 
 
 def _data_facts(record: Record) -> list[tuple[str, str]]:
@@ -276,7 +280,8 @@ def _data_facts(record: Record) -> list[tuple[str, str]]:
         return []
     last = record.sessions[-1]
     damaged = f", {record.num_damaged:,} of them damaged" if record.num_damaged else ""
-    facts = [("scans", f"{last.get('num_scans', '?'):,}{damaged}")]
+    num = last.get("num_scans")
+    facts = [("scans", f"{num:,}{damaged}" if isinstance(num, int) else "not recorded")]
     facts.append(("store", f"fingerprint {last.get('store') or 'unknown'}"))
     for key, name in (("start_sha256", "started from"), ("guide_sha256", "guided by")):
         if last.get(key):
@@ -297,11 +302,13 @@ def _checkpoints(record: Record) -> str:
     return f'<div class="hashes">{table_html(Table("Checkpoints", columns, rows, remark))}</div>'
 
 
-def _environment(record: Record) -> list[tuple[str, str]]:
-    if not record.sessions:
-        return []
-    last = record.sessions[-1]
-    facts = {"backend": last.get("backend", ""), **(last.get("environment") or {})}
+def _environment_of_last(sessions: Sequence[Row]) -> str:
+    return facts_list(_environment(sessions[-1])) if sessions else ""
+
+
+def _environment(session: Row) -> list[tuple[str, str]]:
+    found = session.get("environment")
+    facts = {"backend": session.get("backend", ""), **(found if isinstance(found, dict) else {})}
     return [(name, str(value)) for name, value in facts.items()]
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from tapct_fast.backbone.backbone import Backbone
-from tapct_fast.downstream.encode import embed_with_attention
+from tapct_fast.downstream.encode import embed_with_attention, steady_batch_size
 from tapct_fast.downstream.features import Features
 from tapct_fast.errors import InputError
 from tapct_fast.evaluation.segmentation import SegmentationHead, apply_head
@@ -53,7 +53,7 @@ def write_view(
         head: Of a probe of this backbone; what it makes of the scan is shown as ``segmentation``.
         label_maps: Other segmentations on the voxels of ``volume``; their titles name files.
         overlap: See ``embed_volume``.
-        batch_size: See ``embed_volume``.
+        batch_size: See ``embed_volume``; None takes what this machine always takes.
         max_voxels: Of the page: a larger scan is averaged for it, and the page says so. The other
             files are of the whole scan.
 
@@ -68,7 +68,7 @@ def write_view(
     _check_titles(label_maps)
     out = Path(out)
     features, attention_ZYXH = embed_with_attention(
-        backbone, volume, overlap=overlap, batch_size=batch_size
+        backbone, volume, overlap=overlap, batch_size=batch_size or steady_batch_size(backbone)
     )
     facts: list[tuple[str, str]] = []
     if head is not None:

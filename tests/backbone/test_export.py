@@ -58,6 +58,7 @@ def test_the_export_computes_what_the_run_computed(
         "config.json",
         "preprocessor.json",
         "preprocessor_config.json",
+        "README.md",
     }
     backbone = load_backbone(out, precision="fp32")
     run = make_run(2)

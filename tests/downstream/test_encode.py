@@ -138,7 +138,7 @@ def test_the_batch_follows_free_memory(backbone: Backbone, monkeypatch: pytest.M
     plan = encode._plan(backbone, make_volume(20, 30, 40), None, 0.5)
     each = (3 * 8 * 8 + 5) * 64 * encode._BYTES_PER_VALUE
     for free, expected in ((0, 1), (2 * each / 0.6 + 9, 2), (1e12, 4)):
-        monkeypatch.setattr(encode, "_free_host_bytes", lambda free=free: int(free))
+        monkeypatch.setattr(encode, "free_host_bytes", lambda free=free: int(free))
         assert encode._windows_that_fit(backbone, plan) == expected
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tapct_fast.downstream.features import Features, load_features, save_features
-from tapct_fast.errors import FormatError, InputError
+from tapct_fast.errors import BackboneError, FormatError, InputError
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def test_a_missing_file_is_an_error(features: Features, tmp_path: Path) -> None:
 
 def test_what_float16_cannot_hold_is_refused(features: Features, tmp_path: Path) -> None:
     features.patches_ZYXC[0, 0, 0, 0] = 1e5
-    with pytest.raises(InputError, match="float16"):
+    with pytest.raises(BackboneError, match="float16"):
         save_features(features, tmp_path / "scan.safetensors")
     with pytest.raises(InputError, match=r"\.safetensors"):
         save_features(features, tmp_path / "scan.npz")

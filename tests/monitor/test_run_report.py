@@ -72,6 +72,22 @@ def test_a_page_without_rows_or_with_broken_numbers_is_a_page(steady: Record) ->
     assert "not a finite number" in render_run_report(steady._replace(rows=rows), is_running=True)
 
 
+def test_records_beside_the_rows_may_be_of_any_kind(steady: Record) -> None:
+    incidents = [
+        {"kind": "skip", "step": 1200, "cause": "<b>not finite</b>", "checkpoint": ""},
+        {"kind": "roll back", "step": 1300, "cause": "many", "checkpoint": "step-00001000"},
+        {"step": 1400, "checkpoint": None},
+    ]
+    sessions = [{"step": 0}, {"step": 70, "num_scans": "many", "environment": 3, "store": "<i>"}]
+    record = steady._replace(incidents=incidents, sessions=sessions, num_damaged=2)
+    page = render_run_report(record, is_running=False)
+    text = re.sub(r"(<[^>]+>)+", "|", page)
+    assert "|1,200|skipped|&lt;b&gt;not finite&lt;/b&gt;|the start|" in text
+    assert "|1,300|went back|many|step 1,000|" in text
+    assert "fingerprint &lt;i&gt;" in text
+    assert "|scans|not recorded|" in text
+
+
 def test_the_page_of_a_long_run_stays_small(steady: Record) -> None:
     rows = [{**steady.rows[0], "step": n, "koleo": math.sin(n)} for n in range(1, 12501)]
     page = render_run_report(steady._replace(rows=rows), is_running=True)

@@ -43,13 +43,11 @@ def page(scene: Scene, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def opened(browser: Browser, page: Path) -> Iterator[Browser]:
     """The page in a window of 1280 x 900; a complaint of the browser fails the test."""
-    browser.resize(1280, 900)
-    browser.open(page.as_uri())
+    browser.open(page, 1280, 900)
     browser.wait(READY)
     yield browser
-    assert browser.complaints() == []
-    asked = {url.partition("#")[0] for url in browser.requests()}
-    assert asked <= {page.as_uri()}
+    assert browser.errors == []
+    assert {url.partition("#")[0] for url in browser.requests} == {page.as_uri()}
 
 
 def drawn(browser: Browser, action: str, event: str = "input") -> None:
@@ -303,8 +301,7 @@ def test_a_thinned_scan_keeps_its_places(
 ) -> None:
     path = tmp_path / "view.html"
     path.write_text(render_view(scene, max_voxels=20_000))  # boxes of 2 x 2 x 2 voxels
-    browser.resize(1280, 900)
-    browser.open(path.as_uri())
+    browser.open(path, 1280, 900)
     browser.wait(READY)
     data = go(browser, "z=15&y=31&x=40")
     box = body.volume.hu_ZYX[14:16, 30:32, 40:42]
@@ -313,4 +310,4 @@ def test_a_thinned_scan_keeps_its_places(
     ras = [float(mm) for mm in data["ras"].split(",")]
     np.testing.assert_allclose(ras, np.mean(corners, axis=0), atol=2e-3)
     assert tuple(int(t) for t in data["token"].split(",")) == (3, 4, 4)
-    assert browser.complaints() == []
+    assert browser.errors == []

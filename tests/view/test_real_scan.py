@@ -32,8 +32,7 @@ def test_a_real_torso_shows_its_organs_where_they_are(
 
     hu_ijk = np.asarray(nibabel.load(folder / "ts_ct_sm_int16.nii.gz").dataobj)
     labels_ijk = np.asarray(original.dataobj)
-    browser.resize(1280, 900)
-    browser.open((tmp_path / "view.html").as_uri() + "#layer=labels&window=soft")
+    browser.open(tmp_path / "view.html", 1280, 900, address="#layer=labels&window=soft")
     ready = "document.getElementById('viewer')?.dataset.ready == 'yes'"
     browser.wait(ready)
     found = json.loads(browser.value("document.getElementById('data-meta').textContent"))
@@ -51,4 +50,4 @@ def test_a_real_torso_shows_its_organs_where_they_are(
     assert sides
     if len(sides) == 2:  # the liver is on the right
         assert sides[LIVER] > sides[SPLEEN]
-    assert browser.complaints() == []
+    assert browser.errors == []

@@ -1,6 +1,5 @@
-"""A headless Chromium, told what to do through a pipe (DevTools protocol)."""
+"""A headless Chromium for tests of pages, told what to do through a pipe."""
 
-import base64
 import json
 import os
 import subprocess
@@ -10,7 +9,7 @@ from typing import Any
 
 
 class Browser:
-    """One page; ``events`` holds what it has reported since it was opened."""
+    """A headless Chromium, told what to do through a pipe (DevTools protocol)."""
 
     def __init__(self, program: str, profile: Path) -> None:
         (to_read, self._to), (self._from, to_write) = os.pipe(), os.pipe()
@@ -25,7 +24,8 @@ class Browser:
         os.close(to_read)
         os.close(to_write)
         self._count, self._buffer, self._session = 0, b"", ""
-        self.events: list[dict[str, Any]] = []
+        self.errors: list[str] = []  # that the console shows
+        self.requests: list[str] = []  # addresses that the page has asked for
         pages = self("Target.getTargets")["targetInfos"]
         target = next(page["targetId"] for page in pages if page["type"] == "page")
         words_of = {"targetId": target, "flatten": True}
@@ -44,65 +44,61 @@ class Browser:
                 self._buffer += read
             line, _, self._buffer = self._buffer.partition(b"\0")
             answer = json.loads(line)
-            if "method" in answer:
-                self.events.append(answer)
+            self.errors += _errors(answer)
+            if answer.get("method") == "Network.requestWillBeSent":
+                self.requests.append(answer["params"]["request"]["url"])
             if answer.get("id") == self._count:
                 assert "error" not in answer, answer
                 result: dict[str, Any] = answer["result"]
                 return result
-
-    def open(self, url: str) -> None:
-        """Go to a page as if it had never been seen, and listen to what it reports."""
-        for domain in ("Runtime", "Log", "Network"):
-            self(f"{domain}.enable")
-        self("Page.navigate", url="about:blank")
-        self.wait("location.href == 'about:blank'")
-        self.events.clear()
-        self("Page.navigate", url=url)
 
     def value(self, script: str) -> Any:
         """Evaluate an expression in the page; None while a new one is being loaded."""
         result = self("Runtime.evaluate", expression=script, returnByValue=True)["result"]
         return result.get("value")
 
+    def forget(self) -> None:
+        """Leave the page, and be as at the start."""
+        self("Emulation.clearDeviceMetricsOverride")
+        self("Page.navigate", url="about:blank")
+        self.wait("location.href == 'about:blank'")
+        self.errors.clear()
+        self.requests.clear()
+
+    def open(self, page: Path, width: int, height: int = 800, *, address: str = "") -> None:
+        """Load a page in a window of this size, and wait until all of it is there."""
+        self.resize(width, height)
+        for domain in ("Runtime", "Log", "Network"):
+            self(f"{domain}.enable")
+        url = page.as_uri() + address
+        self("Page.navigate", url=url)
+        self.wait(f"location.href == {json.dumps(url)} && document.readyState == 'complete'")
+
+    def resize(self, width: int, height: int) -> None:
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+        self("Emulation.setDeviceMetricsOverride", **size)
+
     def wait(self, script: str, seconds: float = 20) -> None:
         end = time.monotonic() + seconds
         while not self.value(script):
             assert time.monotonic() < end, f"{script} did not become true"
-            assert not self.complaints(), self.complaints()
+            assert not self.errors, self.errors
             time.sleep(0.05)
-
-    def complaints(self) -> list[str]:
-        """Return exceptions, console errors and warnings, and logged errors of the page."""
-        found = []
-        for event in self.events:
-            what = event["params"]
-            if event["method"] == "Runtime.exceptionThrown":
-                found.append(json.dumps(what["exceptionDetails"]))
-            if event["method"] == "Runtime.consoleAPICalled" and what["type"] in (
-                "error",
-                "warning",
-                "assert",
-            ):
-                found.append(json.dumps(what["args"]))
-            if event["method"] == "Log.entryAdded":
-                found.append(what["entry"]["text"])
-        return found
-
-    def requests(self) -> list[str]:
-        """Return the addresses that the page has asked for."""
-        sent = (e for e in self.events if e["method"] == "Network.requestWillBeSent")
-        return [event["params"]["request"]["url"] for event in sent]
-
-    def resize(self, width: int, height: int) -> None:
-        metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
-        self("Emulation.setDeviceMetricsOverride", **metrics)
-
-    def screenshot(self) -> bytes:
-        return base64.b64decode(self("Page.captureScreenshot")["data"])
 
     def end(self) -> None:
         self._process.terminate()
         self._process.wait(20)
         os.close(self._to)
         os.close(self._from)
+
+
+def _errors(event: dict[str, Any]) -> list[str]:
+    """Return what an event of the browser says went wrong."""
+    params = event.get("params", {})
+    if event.get("method") == "Runtime.exceptionThrown":
+        return [json.dumps(params["exceptionDetails"])]
+    if event.get("method") == "Runtime.consoleAPICalled" and params["type"] == "error":
+        return [json.dumps(params["args"])]
+    if event.get("method") == "Log.entryAdded" and params["entry"]["level"] == "error":
+        return [params["entry"]["text"]]
+    return []

@@ -1,0 +1,93 @@
+"""The Ray engine on a local cluster of two workers: the bytes of a lone process, and no secrets."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("ray.data", reason="needs ray[data]")
+pytest.importorskip("pyarrow", reason="the manifest is Parquet: needs pyarrow")
+
+HERE = Path(__file__).parent
+REPOSITORY = HERE.parent.parent
+TIMEOUT_S = 180
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A short path: Ray's sockets lie in it."""
+    with tempfile.TemporaryDirectory(prefix="tapct") as name:
+        yield Path(name)
+
+
+def processes_of(session: Path) -> list[int]:
+    found = []
+    for folder in Path("/proc").iterdir():
+        with contextlib.suppress(OSError, ValueError):
+            if str(session).encode() in (folder / "environ").read_bytes():
+                found.append(int(folder.name))
+    return found
+
+
+def test_two_workers_write_the_bytes_of_one_process_though_one_is_killed(folder: Path) -> None:
+    session = folder / "ray"
+    session.mkdir()
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+        "RAY_TMPDIR": str(session),
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, str(HERE / "ray_embeds.py"), str(folder)]
+    try:
+        done = subprocess.run(
+            command,
+            env=environment,
+            cwd=REPOSITORY,
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_S,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        deadline = time.monotonic() + 20
+        while processes_of(session) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert processes_of(session) == []
+    finally:
+        for process in processes_of(session):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+
+    found = json.loads(done.stdout.splitlines()[-1])
+    embedded, skipped, quarantined = found["counts"][0]
+    # A task whose worker died is done again: what it had finished counts as there before.
+    assert embedded + skipped == 23
+    assert quarantined == 1
+    assert found["counts"][1] == [0, 23, 1]
+    assert found["killed"] == 1
+    assert (found["progress"]["engine"], found["progress"]["workers"]) == ("ray", 2)
+
+    local, cluster = (
+        {
+            path.relative_to(out).as_posix(): path.read_bytes()
+            for path in out.rglob("*")
+            if path.is_file() and path.name != "progress.json"
+        }
+        for out in (folder / "local", folder / "cluster")
+    )
+    assert cluster == local
+    secrets = [b"doe_jane", bytes(range(100, 132)), bytes(range(100, 132)).hex().encode()]
+    logs = [path for path in session.rglob("*") if path.is_file() and not path.is_symlink()]
+    assert any(path.name == "ray-data.log" for path in logs)
+    for path in logs:
+        content = path.read_bytes()
+        assert not any(secret in content for secret in secrets), path.name
+    assert "doe_jane" not in done.stdout + done.stderr
