@@ -79,14 +79,17 @@ def make_scene(
 
     Raises:
         InputError: A label map does not lie on the scan, or has numbers that cannot be shown; or
-            the scan is air only.
+            the scan is hardly more than air.
     """
     for label_map in label_maps:
         _check_labels(label_map, volume)
     shown = Shown(volume, features)
     is_air_ZYX = is_air(shown)
     if np.count_nonzero(~is_air_ZYX) < 2:
-        raise InputError("the scan is air only: there is nothing to show; check its HU")
+        raise InputError(
+            "fewer than two patches hold anything but air: there is nothing to compare; check the "
+            "scan's HU"
+        )
     # Both grids lie along the scan's own axes: figures.nearest_tokens asserts it.
     to_voxel = np.linalg.inv(volume.affine) @ features.affine
     z, y, x = features.patches_ZYXC.shape[:3]
