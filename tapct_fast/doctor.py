@@ -21,6 +21,8 @@ _OPTIONAL = (
     ("pydicom", "pydicom", "DICOM series", "pip install 'tapct-fast[dicom]'"),
     ("gdcm", "python-gdcm", "compressed DICOM", "pip install 'tapct-fast[dicom]'"),
     ("SimpleITK", "SimpleITK", "NRRD and MetaImage", "pip install 'tapct-fast[itk]'"),
+    ("pyarrow", "pyarrow", "the manifest of embed", "pip install 'tapct-fast[embed]'"),
+    ("ray", "ray", "embed on a cluster", "pip install 'tapct-fast[ray]'"),
     ("tensorboard", "tensorboard", "TensorBoard logs", "pip install 'tapct-fast[track]'"),
     ("wandb", "wandb", "logs for Weights & Biases", "pip install 'tapct-fast[track]'"),
     ("mlflow", "mlflow-skinny", "logs for MLflow", "pip install 'tapct-fast[track]'"),

@@ -277,8 +277,11 @@ def interval_cell(interval: Interval) -> str:
     mean, low, high = interval
     if not math.isfinite(mean):
         return '<td class="number">-</td>'
-    ends = f" <small>{low:.2f} to {high:.2f}</small>" if math.isfinite(low + high) else ""
-    return f'<td class="number"><b>{mean:.2f}</b>{ends}</td>'
+    digits = 2 if abs(mean) < 10 else 1
+    ends = ""
+    if math.isfinite(low + high):
+        ends = f" <small>{low:.{digits}f} to {high:.{digits}f}</small>"
+    return f'<td class="number"><b>{mean:.{digits}f}</b>{ends}</td>'
 
 
 def table_html(table: Table) -> str:
@@ -356,8 +359,8 @@ def intervals_html(
     heading = f"<h3>{html.escape(title)}</h3>" if title else ""
     return (
         f'{heading}<table class="plain intervals"><thead><tr><th>score</th>'
-        f'<th>95 % interval</th><th class="bar"><span class="zero">{low:g}</span>'
-        f'<span class="one">{high:g}</span></th></tr></thead><tbody>{lines}</tbody></table>'
+        f'<th>95 % interval</th><th class="bar"><span class="zero">{low:.2g}</span>'
+        f'<span class="one">{high:.2g}</span></th></tr></thead><tbody>{lines}</tbody></table>'
     )
 
 

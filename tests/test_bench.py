@@ -16,7 +16,9 @@ BENCHES = sorted(
     if re.search(r"\b(start|op_bench)\(\s*__file__", path.read_text())
 )
 RIVALS = {
+    "embed_archive": ("pyarrow", "ray"),
     "integrity": ("nibabel", "SimpleITK", "blosc2"),
+    "knn": ("faiss",),
     "load_for_tapct": ("nibabel", "SimpleITK"),
     "read_box": ("nibabel", "SimpleITK", "blosc2"),
     "read_dicom": ("pydicom", "SimpleITK", "dcm2niix", "nibabel"),

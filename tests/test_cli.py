@@ -90,6 +90,20 @@ def test_every_verb_runs_from_scans_to_probe(
     assert "embedded 3, already there 0, quarantined 0" in capsys.readouterr().out
     assert main(["embed", backbone, *scans, "--out", features]) == 0
     assert "embedded 0, already there 3, quarantined 0" in capsys.readouterr().out
+    groups = ["embed", backbone, str(folder / "scans"), "--out", f"{features}-zarr"]
+    assert main([*groups, "--format", "zarr", "--timeout", "60", "--memory", "0.1", "--json"]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    numbers = json.loads(line)
+    assert (numbers["embedded"], numbers["quarantined_by_code"]) == (3, {"integrity": 1})
+    assert numbers == json.loads((Path(f"{features}-zarr") / "progress.json").read_text())
+    assert main([*groups, "--workers", "2"]) == 2
+    assert "go with --engine ray" in capsys.readouterr().err
+    assert main([*groups, "--overlap", "0.25"]) == 2
+    assert "another overlap" in capsys.readouterr().err
+    (refused,) = Path(f"{features}-zarr", "quarantine.jsonl").read_text().splitlines()
+    case = json.loads(refused)["case"]
+    assert main(["locate", f"{features}-zarr", case, str(folder / "scans")]) == 0
+    assert capsys.readouterr().out.strip() == str(folder / "scans" / "3.nii.gz")
 
     rows = zip(scans, labels, strict=True)
     cases = folder / "cases.csv"
@@ -192,7 +206,7 @@ def test_a_wrong_argument_is_one_line_and_exit_code_2(
         (["pack"], "see tapct-fast pack --help"),
         (["pack", missing, out], "SRC does not exist"),
         (["pack", str(empty), out], "folder without scans"),
-        (["embed", store, missing, missing, "--out", out], "SCAN 1 of 2 does not exist"),
+        (["embed", store, missing, missing, "--out", out], "ARCHIVE 1 of 2 does not exist"),
         (["train", "vit-x", store, "--out", out], "recipes: debug, vit-s, vit-b"),
         (
             ["train", "debug", store, "--out", out, "--vit.dpeth", "3"],

@@ -254,6 +254,8 @@ def test_a_table_shows_text_numbers_and_intervals() -> None:
     for text in ("Dice", "label", "0.80", "0.70 to 0.90", "12,345", "0.1235", "0.50", "of 6 scans"):
         assert text in page.text
     assert "nan" not in page.text
+    far = table_html(Table("", ("hd95 mm",), [(Interval(17.25, 15.125, 19.0),)]))
+    assert re.sub("<[^>]+>", "", far) == "hd95 mm17.2 15.1 to 19.0"
     # The two numbers that there are not.
     assert page.text.count("-") == 2
     # Numbers stand right-aligned below their names; text and intervals do not.

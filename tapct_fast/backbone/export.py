@@ -90,12 +90,16 @@ def export_backbone(
 
 def _training(saved: "SavedNetworks", which: Literal["teacher", "student"]) -> Training:
     """Return what the card says of the run; the number of scans is in the run's folder."""
-    state = read_json(saved.folder / "state.json", "checkpoint state")
+    try:
+        files = read_json(saved.folder / "manifest.json", "manifest")["files"]
+        state = json.loads(_verified(saved.folder, files, "state.json"))
+        step = int(state["step"])
+    except (FormatError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"damaged: {str(error).splitlines()[0]}") from None
     sessions = saved.folder.parent.parent / _SESSIONS
     num_scans = None
     if saved.folder.parent.name == "checkpoints" and sessions.is_file():
         num_scans = _num_scans(read_limited(sessions, "sessions"), state.get("store"))
-    step = int(state["step"])
     return Training(saved.config, step, which, saved.sha256, state, num_scans)
 
 
@@ -232,7 +236,6 @@ def _read_step(step: Path, which: str) -> SavedNetworks:
         files = manifest["files"]
         config = from_json(Config, _verified(step, files, "config.json").decode())
         tensors = load_tensors(_verified(step, files, name))
-        _verified(step, files, "state.json")
         return SavedNetworks(tensors, config, files[name]["sha256"], step)
     except (FormatError, ConfigError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"damaged: {str(error).splitlines()[0]}") from None

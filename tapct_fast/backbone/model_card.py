@@ -16,7 +16,7 @@ from safetensors import safe_open
 
 from tapct_fast import __version__
 from tapct_fast.backbone.load import CARD_FILE, HUB_ID, WEIGHTS_FILE, load_backbone
-from tapct_fast.backbone.measured import read_measured
+from tapct_fast.backbone.measured import Measurement, read_measured
 from tapct_fast.backbone.preprocess import Preprocess
 from tapct_fast.backbone.schema import CONFIG_FILE, PREPROCESSOR_FILE, read_config, read_preprocess
 from tapct_fast.config import Config, VitConfig
@@ -264,12 +264,18 @@ def _scores(folder: Path, training: Training, statement: Statement) -> list[str]
     rows = [
         (
             score.name,
-            f"{score.value:.3f}",
-            "none" if score.low is None else f"{score.low:.3f} to {score.high:.3f}",
+            f"{score.value:.{_digits(score)}f}",
+            "none"
+            if score.low is None
+            else f"{score.low:.{_digits(score)}f} to {score.high:.{_digits(score)}f}",
         )
         for score in measured.scores
     ]
     return ["## Measured", "", measured.text, "", *_table(("score", "", "95 % interval"), rows)]
+
+
+def _digits(score: Measurement) -> int:
+    return 3 if abs(score.value) < 10 else 1  # a Dice, or millimetres
 
 
 def _limits(statement: Statement) -> list[str]:

@@ -87,7 +87,12 @@ class _Refused(NamedTuple):
     is_known: bool = False  # from an earlier run
 
 
-_Found = _Loaded | _Refused | None  # None: the features are there
+class _Touched(NamedTuple):
+    record: dict[str, Any]
+    stamp: SourceStamp  # another one than the record's, of the same content
+
+
+_Found = _Loaded | _Refused | _Touched | None  # None: the features are there
 
 
 def embed_items(backbone: Backbone, job: Job, items: Iterable[Item]) -> Iterator[Done]:
@@ -123,7 +128,9 @@ def embed_items(backbone: Backbone, job: Job, items: Iterable[Item]) -> Iterator
 
 def _finish(backbone: Backbone, job: Job, case: str, found: _Found) -> Done:
     """Encode and write what was read, or write why it was not."""
-    if found is None:
+    if isinstance(found, _Touched):
+        job.records.touch(case, found.record, found.stamp)
+    if found is None or isinstance(found, _Touched):
         job.records.accept(case)
         return Done(case, "skipped")
     if isinstance(found, _Refused):
@@ -185,8 +192,7 @@ def _read(job: Job, item: Item, reading: Reading) -> _Found:
     reading.hold(reading_bytes(item.scan))
     digest = sha256_source(item.scan)
     if record is not None and record["source"]["sha256"] == digest.hex():
-        job.records.touch(item.case, record, stamp)
-        return None
+        return _Touched(record, stamp)
     try:
         volume = read_volume(item.scan, series=job.series, check_hu=job.check_hu)
     except (FormatError, InputError) as error:

@@ -175,7 +175,7 @@ def _embed_scans(
             for scan in done:
                 log.add(scan)
         write_lists(job.records, ids, job.backbone)
-    sums = log.sums()
+    sums = log.written
     return EmbedReport(sums["embedded"], sums["skipped"], sums["quarantined"], sums)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tapct_fast.downstream.dice import ProbeResult, confusion_matrix, summarise
 from tapct_fast.downstream.features import Features
+from tapct_fast.downstream.neighbours import vote
 from tapct_fast.downstream.resample import check_classes, classify_voxels, labelled_tokens
 from tapct_fast.errors import InputError
 from tapct_fast.io.volume import Volume
@@ -25,7 +26,6 @@ NUM_NEIGHBOURS, TEMP = 20, 0.07  # DINOv2's kNN evaluation
 LINEAR_TOKENS, KNN_TOKENS = 65536, 16384  # training rows; seconds on 2 cores at width 384
 LBFGS_STEPS = 150
 WEIGHT_DECAY = 1e-4  # on standardised features; best of 1e-2..1e-4 on held-out phantoms
-CHUNK_ROWS = 4096
 
 
 def knn(
@@ -66,19 +66,9 @@ def knn(
         raise InputError(f"knn: k={k} and temp={temp} must be positive")
     classes_K, labels_N = torch.unique(train_labels_N, return_inverse=True)
     target_NK = F.one_hot(labels_N, len(classes_K)).float()
-    best_N = _votes(train_ND, target_NK, test_ND, k=k, temp=temp).argmax(1)
+    best_N = vote(train_ND, target_NK, test_ND, k=k, temp=temp).argmax(1)
     labels: Tensor = classes_K[best_N]
     return labels
-
-
-def _votes(train_ND: Tensor, target_NK: Tensor, test_ND: Tensor, *, k: int, temp: float) -> Tensor:
-    train_ND = F.normalize(train_ND.float(), dim=1)
-    votes = []
-    for rows_ND in torch.split(F.normalize(test_ND.float(), dim=1), CHUNK_ROWS):
-        top_NJ, index_NJ = (rows_ND @ train_ND.T).topk(min(k, len(train_ND)), dim=1)
-        weight_NJ = torch.softmax(top_NJ / temp, dim=1)
-        votes.append(torch.einsum("nj,njk->nk", weight_NJ, target_NK[index_NJ]))
-    return torch.cat(votes)
 
 
 def linear_segmentation(
@@ -180,7 +170,7 @@ def fit_linear_head(x_ND: Tensor, share_NK: Tensor) -> LinearHead:
 
 
 def _fit_knn(x_ND: Tensor, share_NK: Tensor) -> Head:
-    return lambda rows_ND: _votes(x_ND, share_NK, rows_ND, k=NUM_NEIGHBOURS, temp=TEMP)
+    return lambda rows_ND: vote(x_ND, share_NK, rows_ND, k=NUM_NEIGHBOURS, temp=TEMP)
 
 
 def _names(label_names: Sequence[str] | None, num_classes: int) -> tuple[str, ...]:

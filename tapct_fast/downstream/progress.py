@@ -32,6 +32,9 @@ class Progress:
         is_shown: On stderr: a bar on a terminal, else a line now and then.
         every_s: Seconds between lines and between writings.
         about: What else ``progress.json`` is to say, as JSON values.
+
+    Attributes:
+        written: What ``progress.json`` says.
     """
 
     def __init__(
@@ -46,6 +49,7 @@ class Progress:
         self._passed_s = 0.0  # until the first scan that was not there before
         self._next = self._began + every_s
         self._state = "running"
+        self.written: dict[str, Any] = {}
         self._is_lined = is_shown and not sys.stderr.isatty()
         self._bar = tqdm(
             total=num_scans, desc="embed", unit="scan", disable=not is_shown or self._is_lined
@@ -87,8 +91,7 @@ class Progress:
                 self._print()
             self._write()
 
-    def sums(self) -> dict[str, Any]:
-        """Return all numbers as JSON values."""
+    def _sums(self) -> dict[str, Any]:
         rate, left_s = self._rate(), self._left_s()
         return {
             "state": self._state,
@@ -142,4 +145,5 @@ class Progress:
         sys.stderr.write(line + "\n")
 
     def _write(self) -> None:
-        write_json(self._path, self.sums())
+        self.written = self._sums()
+        write_json(self._path, self.written)

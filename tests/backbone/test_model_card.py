@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from tapct_fast.backbone.load import find_files, load_backbone, load_preprocess
 from tapct_fast.backbone.model_card import Statement, is_untouched
 from tapct_fast.cli import main
 from tapct_fast.data.phantom import make_phantom
-from tapct_fast.errors import FormatError, InputError
+from tapct_fast.errors import CheckpointError, FormatError, InputError
 from tapct_fast.io.nifti import write_nifti
 from tapct_fast.io.pack import pack
 from tapct_fast.train.loop import train
@@ -103,12 +104,19 @@ def test_a_checkpoint_without_its_run_says_that_the_scans_are_not_recorded(
     run: Path, tmp_path: Path
 ) -> None:
     alone = tmp_path / "step-00000002"
-    alone.mkdir()
-    for path in (run / "checkpoints" / alone.name).iterdir():
-        (alone / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(run / "checkpoints" / alone.name, alone)
     text = (export_backbone(alone, tmp_path / "out") / "README.md").read_text()
     assert "| scans | not recorded |" in text
     assert "| steps | 2 of 4 |" in text
+
+
+def test_a_damaged_state_is_no_card(run: Path, tmp_path: Path) -> None:
+    alone = tmp_path / "step-00000002"
+    shutil.copytree(run / "checkpoints" / alone.name, alone)
+    (alone / "state.json").write_text('{"step": 3}')
+    with pytest.raises(CheckpointError, match=r"damaged: state\.json"):
+        export_backbone(alone, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_unknown_licence_is_called_unknown_and_check_shows_a_stated_one(

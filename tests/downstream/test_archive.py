@@ -4,11 +4,13 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import threading
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,6 +26,8 @@ from tapct_fast.downstream.features import load_features
 from tapct_fast.downstream.probe import probe_folder
 from tapct_fast.errors import InputError
 from tapct_fast.io.nifti import write_nifti
+from tapct_fast.io.pack import locate
+from tapct_fast.io.read import read_volume
 
 pq = pytest.importorskip("pyarrow.parquet", reason="the manifest is Parquet: needs pyarrow")
 
@@ -185,6 +189,31 @@ def test_a_replaced_scan_is_embedded_again_and_a_touched_one_is_not(
     assert embed_scans(backbone, scans, out) == EmbedReport(2, 1, 0)
     assert files_of(out)["manifest.parquet"] == before["manifest.parquet"]
     assert embed_scans(backbone, scans, out) == EmbedReport(0, 3, 0)
+
+
+def test_a_scan_that_goes_or_changes_while_it_is_read_is_not_embedded(
+    backbone: Backbone, scans: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def disturbed(scan: Path, **options: object) -> object:
+        volume = real(scan, **options)
+        if scan == scans[0]:
+            write_scan(scan, seed=9, depth=5)
+            scans[1].unlink()  # the search has found it
+        return volume
+
+    real = archive.read_volume
+    monkeypatch.setattr(archive, "read_volume", disturbed)
+    out = tmp_path / "features"
+    assert embed_scans(backbone, scans, out, readers=1) == EmbedReport(1, 0, 2)
+    assert [row["code"] for row in rows_of(out)] == ["integrity", "input", None]
+    reasons = (out / "quarantine.jsonl").read_text()
+    assert "changed while it was read" in reasons
+    assert "doe" not in reasons
+    monkeypatch.setattr(archive, "read_volume", real)
+    assert embed_scans(backbone, [scans[0], scans[2]], out) == EmbedReport(1, 1, 0)
+    # What an earlier call named stays listed, behind the scans of this one.
+    (line,) = (out / "quarantine.jsonl").read_text().splitlines()
+    assert json.loads(line)["code"] == "input"
 
 
 def test_a_refused_scan_is_read_again_only_when_that_may_help(
@@ -377,10 +406,7 @@ def test_progress_is_told_in_lines_and_in_a_file_without_paths(
     assert lines[-1].startswith("embed: 3/3 scans, ")
     assert all("scans/s, ETA 0:00:0" in line and "encoder waiting " in line for line in lines)
     sums = json.loads((out / "progress.json").read_text())
-    assert sums == report.progress | {
-        "seconds": sums["seconds"],
-        "scans_per_s": sums["scans_per_s"],
-    }
+    assert sums == report.progress
     assert (sums["state"], sums["num_scans"], sums["embedded"]) == ("finished", 3, 3)
     shares = [sums[f"{name}_share"] for name in ("waiting", "encoding", "writing")]
     assert sum(shares) == pytest.approx(1, abs=1e-3)
@@ -408,3 +434,59 @@ def test_features_of_an_archive_are_probed_as_before(
     archive_scans = [*scans, scans[0].with_name("doe_jane_9.nii.gz")]
     assert embed_scans(backbone, archive_scans, out) == EmbedReport(3, 0, 1)
     assert "linear head" in str(probe_folder(out, [*labels, labels[0]], folds=3))
+
+
+def test_a_tree_of_series_and_archives_of_series_is_one_archive(
+    backbone: Backbone, tmp_path: Path
+) -> None:
+    pytest.importorskip("pydicom", reason="writes the series")
+    from dicom_series import CANARY, HU_ZYX, write_series
+
+    home = tmp_path / f"{CANARY}_archive"
+    for name in ("study-1/series-1", "study-1/series-2", "study-2/series-1"):
+        (home / name).mkdir(parents=True)
+        write_series(home / name)
+    with zipfile.ZipFile(home / "study-2" / "packed.zip", "w", zipfile.ZIP_DEFLATED) as packed:
+        for path in sorted((home / "study-2" / "series-1").iterdir()):
+            packed.write(path, path.name)
+    torn = sorted((home / "study-1" / "series-2").iterdir())[3]
+    torn.write_bytes(torn.read_bytes()[:-20])
+    out = tmp_path / "features"
+    assert embed_scans(backbone, [home], out) == EmbedReport(3, 0, 1)
+    rows = rows_of(out)
+    assert [row["status"] for row in rows].count("embedded") == 3
+    (refused,) = (row for row in rows if row["status"] == "quarantined")
+    assert refused["code"] == "integrity"
+    found = locate(out, str(refused["case"]), [home])
+    assert found == torn.parent
+    first = next(row for row in rows if row["status"] == "embedded")
+    files = sorted((home / "study-1" / "series-1").iterdir())
+    digests = sorted(hashlib.sha256(path.read_bytes()).digest() for path in files)
+    assert first["source_sha256"] == hashlib.sha256(b"".join(digests)).hexdigest()
+    assert first["source_bytes"] == sum(path.stat().st_size for path in files)
+    assert first["grid_zyx"] == [len(HU_ZYX) // 4, 8, 8]
+    for path in out.rglob("*"):
+        assert path.is_dir() or CANARY.encode() not in path.read_bytes()
+    # A slice is added to the first series: another scan now.
+    shutil.copy(torn, files[0].parent / "zz.dcm")
+    assert embed_scans(backbone, [home], out).skipped == 2
+
+
+def test_the_page_on_archives_reads_its_folder_back(
+    backbone: Backbone, scans: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("pandas", reason="the page reads the manifest with it")
+    embed_scans(backbone, scans, tmp_path / "FEATURES")
+    monkeypatch.chdir(tmp_path)
+    page = (REPOSITORY / "docs" / "embed.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names: dict[str, object] = {}
+    exec(example, names)
+    assert names["pooled"].shape == (3, 64)
+    volume = read_volume(scans[0])
+    # A token is 20 / 64 * 8 rows and 24 / 64 * 8 columns of the scan, and 4 slices.
+    voxel = [2 * 3 + 1.0, 0 * 2.5 + 0.75, 1 * 4 + 1.5, 1]
+    np.testing.assert_allclose(names["place_mm"], (volume.affine @ voxel)[:3])
+    for name in re.findall(r"-k (?:\"([^\"]+)\"|(\w+))", page):
+        for word in "".join(name).split(" or "):
+            assert word in Path(__file__).read_text(), word

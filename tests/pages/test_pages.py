@@ -189,6 +189,7 @@ def test_the_report_of_a_run_tells_its_life(run: Path) -> None:
     assert re.search(r"UTC\|+the start\|", text)
     assert re.search(rf"\|scans\|+{NUM_SCANS}\|", text)
     assert sessions[0]["store"] in page
+    assert re.search(r"\|16\|+\d\.\d\d\| \|\d\.\d\d to \d\.\d\d\|", text)  # the last probe
     newest = run / "checkpoints" / "step-00000016"
     manifest = json.loads((newest / "manifest.json").read_text())
     assert manifest["files"]["teacher.safetensors"]["sha256"] in page
