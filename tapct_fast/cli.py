@@ -375,6 +375,42 @@ def _probe(args: argparse.Namespace) -> int:
     return 0
 
 
+def _view(args: argparse.Namespace) -> int:
+    _existing([args.scan], "SCAN")
+    for name in ("head", "labels", "label_names"):
+        given = getattr(args, name)
+        _existing([given] if given else [], f"--{name.replace('_', '-')}")
+    if args.label_names and not args.labels:
+        raise InputError("--label-names goes with --labels")
+    import dataclasses
+
+    from tapct_fast.backbone.load import load_backbone
+    from tapct_fast.evaluation.segmentation import load_head
+    from tapct_fast.io.read import read_labels, read_volume
+    from tapct_fast.view import label_map_of, read_label_names, write_view
+
+    backbone = load_backbone(args.backbone, device=args.device)
+    if args.plane is not None:
+        backbone.preprocess = dataclasses.replace(
+            backbone.preprocess, resize_yx=(args.plane, args.plane)
+        )
+    volume = read_volume(args.scan, series=args.series, check_hu=args.check_hu)
+    label_maps = []
+    if args.labels:
+        names = read_label_names(args.label_names) if args.label_names else {}
+        label_maps.append(label_map_of("labels", read_labels(args.labels), volume, names))
+    written = write_view(
+        backbone,
+        volume,
+        args.out,
+        head=load_head(args.head) if args.head else None,
+        label_maps=tuple(label_maps),
+        overlap=args.overlap,
+    )
+    print(f"written: {', '.join(written)}")
+    return 0
+
+
 def _bench(args: argparse.Namespace) -> int:
     # bench/ is not installed: the rows belong to a repository and its commits.
     homes = (Path(__file__).parent.parent, Path.cwd())
@@ -866,6 +902,53 @@ def _parser() -> _Parser:
         help="accept values that do not look like HU",
     )
     probe.set_defaults(run=_probe)
+
+    view = verbs.add_parser(
+        "view",
+        help="show what the features of a scan see, in a page to open in a browser",
+        description="Write DIR/view.html: the scan in three planes under principal components of "
+        "its features, the attention of cls, the similarity to a clicked patch and segmentations; "
+        "and each of these as PNG and NIfTI. docs/view.md says how to read it.",
+    )
+    view.add_argument("scan", type=Path, metavar="SCAN", help="scan file or DICOM series folder")
+    view.add_argument(
+        "--backbone", required=True, help="exported folder, model.safetensors or hub id"
+    )
+    view.add_argument("--out", type=Path, required=True, metavar="DIR", help="made if absent")
+    view.add_argument(
+        "--head",
+        type=Path,
+        metavar="HEAD",
+        help="of a probe of this backbone (.safetensors): segments the scan",
+    )
+    view.add_argument("--labels", type=Path, metavar="FILE", help="a label map on the scan's grid")
+    view.add_argument(
+        "--label-names",
+        type=Path,
+        metavar="FILE",
+        help="their names: nnU-Net's dataset.json, or a JSON object of number to name",
+    )
+    view.add_argument(
+        "--plane",
+        type=int,
+        metavar="N",
+        help="encode slices at N x N pixels instead of the backbone's own size: finer tokens",
+    )
+    view.add_argument(
+        "--overlap",
+        type=float,
+        default=0.5,
+        help="of neighbouring windows, 0 to 0.9 (default: 0.5)",
+    )
+    view.add_argument("--device", default="cpu")
+    view.add_argument(
+        "--no-check-hu",
+        dest="check_hu",
+        action="store_false",
+        help="accept values that do not look like HU",
+    )
+    _add_series(view)
+    view.set_defaults(run=_view)
 
     bench = verbs.add_parser(
         "bench",

@@ -21,24 +21,6 @@ LEVELS = (0.27, 0.62)  # of the height: through the abdomen and the chest of a t
 FRONTAL = 0.52  # of the depth from front to back
 
 
-class FeatureColors(NamedTuple):
-    """Maps a feature vector to red, green and blue by three principal components."""
-
-    mean_C: NDArray[np.float32]
-    axes_C3: NDArray[np.float32]
-    low_3: NDArray[np.float32]
-    high_3: NDArray[np.float32]
-
-    def paint(self, scan: "Shown") -> Pixels:
-        """Return the colours of every token, (Z, Y, X, 3) uint8; tokens in air are black."""
-        shown_ZYX3 = (scan.features.patches_ZYXC.numpy() - self.mean_C) @ self.axes_C3
-        unit_ZYX3 = np.clip((shown_ZYX3 - self.low_3) / (self.high_3 - self.low_3), 0, 1)
-        # From 40: what is not air stays apart from black.
-        colors_ZYX3: Pixels = np.rint(40 + 215 * unit_ZYX3).astype(np.uint8)
-        colors_ZYX3[_is_air(scan)] = 0
-        return colors_ZYX3
-
-
 class Shown(NamedTuple):
     """A scan to show; labels and prediction lie on its own grid and may be absent."""
 
@@ -48,12 +30,40 @@ class Shown(NamedTuple):
     predicted_ZYX: NDArray[np.int16] | None = None
 
 
+class FeatureColors(NamedTuple):
+    """Maps a feature vector to red, green and blue by three principal components."""
+
+    mean_C: NDArray[np.float32]
+    axes_C3: NDArray[np.float32]
+    low_3: NDArray[np.float32]
+    high_3: NDArray[np.float32]
+
+    def scores(self, features: Features) -> NDArray[np.float32]:
+        """Return the three components of every token, (Z, Y, X, 3)."""
+        scores_ZYX3: NDArray[np.float32] = (features.patches_ZYXC.numpy() - self.mean_C) @ (
+            self.axes_C3
+        )
+        return scores_ZYX3
+
+    def paint(self, scan: Shown) -> Pixels:
+        """Return the colours of every token, (Z, Y, X, 3) uint8; tokens in air are black."""
+        return self.paint_tokens(scan.features, is_air(scan))
+
+    def paint_tokens(self, features: Features, is_air_ZYX: NDArray[np.bool_]) -> Pixels:
+        """Do the same where the tokens in air are known."""
+        unit_ZYX3 = (self.scores(features) - self.low_3) / (self.high_3 - self.low_3)
+        # From 40: what is not air stays apart from black.
+        colors_ZYX3: Pixels = np.rint(40 + 215 * np.clip(unit_ZYX3, 0, 1)).astype(np.uint8)
+        colors_ZYX3[is_air_ZYX] = 0
+        return colors_ZYX3
+
+
 def fit_colors(scans: Sequence[Shown]) -> FeatureColors:
     """Fit the first three principal components of the tokens of all scans, those in air left out.
 
     Air is most of a scan: with it, the first component would only tell body from air.
     """
-    tokens_NC = np.concatenate([s.features.patches_ZYXC.numpy()[~_is_air(s)] for s in scans])
+    tokens_NC = np.concatenate([s.features.patches_ZYXC.numpy()[~is_air(s)] for s in scans])
     mean_C = tokens_NC.mean(0)
     centred_NC = tokens_NC - mean_C
     _, axes_CC = np.linalg.eigh(centred_NC.T @ centred_NC)  # ascending
@@ -66,16 +76,23 @@ def fit_colors(scans: Sequence[Shown]) -> FeatureColors:
     return FeatureColors(*(np.asarray(a, np.float32) for a in (mean_C, axes_C3, low_3, high_3)))
 
 
-def _is_air(scan: Shown) -> NDArray[np.bool_]:
-    """Say of each token whether the voxels nearest to it are air on average."""
-    z, y, x = _nearest_tokens(scan.volume, scan.features)
+def is_air(scan: Shown) -> NDArray[np.bool_]:
+    """Say of each token, (Z, Y, X), whether the voxels nearest to it are air on average."""
     grid_zyx = scan.features.patches_ZYXC.shape[:3]
-    token_ZYX = np.ravel_multi_index(np.ix_(z, y, x), grid_zyx)
-    size = int(np.prod(grid_zyx))
-    sum_L = np.bincount(token_ZYX.ravel(), scan.volume.hu_ZYX.ravel(), minlength=size)
-    count_L = np.maximum(np.bincount(token_ZYX.ravel(), minlength=size), 1)
-    is_air: NDArray[np.bool_] = (sum_L / count_L < AIR_HU).reshape(grid_zyx)
-    return is_air
+    near = nearest_tokens(scan.volume, scan.features)
+    # Plane by plane, so that a large scan is not copied: voxels are summed by 0/1 matrices.
+    onto_y, onto_x = (
+        np.equal.outer(np.arange(grid_zyx[axis]), near[axis]).astype(np.float32) for axis in (1, 2)
+    )
+    sum_ZYX = np.zeros(grid_zyx)
+    for token_z, hu_YX in zip(near[0], scan.volume.hu_ZYX, strict=True):
+        sum_ZYX[token_z] += onto_y @ (hu_YX.astype(np.float32) @ onto_x.T)
+    count_z, count_y, count_x = (
+        np.bincount(tokens, minlength=size) for tokens, size in zip(near, grid_zyx, strict=True)
+    )
+    count_ZYX = np.multiply.outer(np.outer(count_z, count_y), count_x)
+    is_air_ZYX: NDArray[np.bool_] = sum_ZYX / np.maximum(count_ZYX, 1) < AIR_HU
+    return is_air_ZYX
 
 
 def paint_ct(
@@ -100,7 +117,7 @@ def scan_figure(
     """Cut two axial planes and a frontal one, each as CT, features and, where given, labels."""
     volume = shown.volume
     tokens_ZYXC = feature_colors.paint(shown)
-    near = _nearest_tokens(volume, shown.features)
+    near = nearest_tokens(volume, shown.features)
     num_z, num_y, _ = volume.hu_ZYX.shape
     cuts = [("axial", 0, round(level * (num_z - 1))) for level in LEVELS]
     cuts.append(("frontal", 1, round(FRONTAL * (num_y - 1))))
@@ -126,7 +143,7 @@ def _cut(array_ZYX: NDArray[np.int16], axis: int, at: int) -> NDArray[np.int16]:
     return array_ZYX[at] if axis == 0 else array_ZYX[::-1, at]
 
 
-def _nearest_tokens(volume: Volume, features: Features) -> list[NDArray[np.intp]]:
+def nearest_tokens(volume: Volume, features: Features) -> list[NDArray[np.intp]]:
     """Return, along z, y and x, the token nearest to every voxel in world coordinates."""
     # Both grids lie along the scan's own axes, so the map is a scale and a shift per axis.
     to_token = np.linalg.inv(features.affine) @ volume.affine

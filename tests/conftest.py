@@ -45,11 +45,18 @@ def real_ct() -> Path:
     return folder
 
 
-@pytest.fixture
-def browser(tmp_path: Path) -> Iterator[Browser]:
+@pytest.fixture(scope="session")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     program = shutil.which("chromium") or shutil.which("google-chrome")
     if program is None or not shutil.which("bash"):
         pytest.skip("no chromium: the page was not opened in a browser")
-    opened = Browser(program, tmp_path / "profile")
+    opened = Browser(program, tmp_path_factory.mktemp("chromium"))
     yield opened
     opened.end()
+
+
+@pytest.fixture
+def browser(chromium: Browser) -> Browser:
+    """An empty page; one program serves all tests."""
+    chromium.forget()
+    return chromium

@@ -2,6 +2,7 @@
 
 import sys
 import tempfile
+from importlib import resources
 from pathlib import Path
 
 site = Path(sys.argv[1])
@@ -13,6 +14,9 @@ import tapct_fast  # noqa: E402
 
 if Path(tapct_fast.__file__).parent.parent != site:
     sys.exit(f"the wheel was not used, but {tapct_fast.__file__}")
+for name in ("page.html", "page.css", "scene.js", "draw.js", "page.js"):
+    if not resources.files("tapct_fast.view").joinpath(name).is_file():
+        sys.exit(f"the wheel lacks the view's {name}")
 with tempfile.TemporaryDirectory() as folder:
     hu_ZYX = np.random.default_rng(0).normal(0, 300, (8, 32, 32)).astype(np.int16)
     volume = tapct_fast.from_numpy(hu_ZYX, np.diag([-0.8, -0.8, 2.5, 1.0]))

@@ -1,19 +1,21 @@
 """One scan through a backbone: windows in batches, blended into features or pooled into vectors.
 
 Shape suffixes: B batch of windows, C channels or width, Z Y X voxels or tokens, L tokens,
-N windows, D width.
+N windows, D width, H heads.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tapct_fast.backbone.backbone import Backbone, BackboneOutput
+from tapct_fast.backbone.backbone import Backbone
+from tapct_fast.backbone.cls_attention import forward_with_attention
 from tapct_fast.backbone.preprocess import pad_end, token_affine
 from tapct_fast.config import Zyx
 from tapct_fast.downstream.features import Features
@@ -25,6 +27,8 @@ from tapct_fast.io.volume import Volume
 _SLAB = 32  # slices resized at a time: their float32 copy is larger than all else
 _BYTES_PER_VALUE = 48  # of one token's width, at the widest place of a block
 _MOST_WINDOWS = {"cuda": 64, "cpu": 4}  # in a batch of our own choice
+
+Out = TypeVar("Out")
 
 
 class ScanVectors(NamedTuple):
@@ -86,14 +90,53 @@ def embed_volume(
     plan = _plan(backbone, volume, window_slices, overlap)
     blend = Blend(plan.grid_zyx, plan.window_zyx, blending, backbone.device)
     cls: list[Tensor] = []
-    for starts, out in _encode(backbone, plan, batch_size, num_blocks):
+    run = partial(backbone, num_blocks=num_blocks)
+    for starts, out in _encode(backbone, plan, batch_size, run):
         cls.append(out.pooler_output)
         for start_zyx, tokens_LD in zip(starts, out.last_hidden_state, strict=True):
             blend.add(start_zyx, tokens_LD.reshape(*plan.window_zyx, -1))
+    return _features(backbone, volume, blend, cls)
+
+
+def embed_with_attention(
+    backbone: Backbone,
+    volume: Volume,
+    *,
+    overlap: float = 0.5,
+    batch_size: int | None = None,
+) -> tuple[Features, Tensor]:
+    """Encode a scan of any size and say where cls looks, in the same pass.
+
+    For the arguments and errors see ``embed_volume``.
+
+    Returns:
+        Features, and attention_ZYXH float32 on the same grid: the softmax weight that cls gives a
+        token in the last block, times the tokens of its window, so that 1 is an even share. Windows
+        are blended as their features are.
+    """
+    plan = _plan(backbone, volume, None, overlap)
+    blend, attention = (
+        Blend(plan.grid_zyx, plan.window_zyx, "gaussian", backbone.device) for _ in range(2)
+    )
+    num_tokens = backbone.vit.num_prefix + int(np.prod(plan.window_zyx))
+    cls: list[Tensor] = []
+    run = partial(forward_with_attention, backbone)
+    for starts, (out, attention_BHL) in _encode(backbone, plan, batch_size, run):
+        cls.append(out.pooler_output)
+        shares = attention_BHL.mT * num_tokens
+        for start_zyx, tokens_LD, share_LH in zip(
+            starts, out.last_hidden_state, shares, strict=True
+        ):
+            blend.add(start_zyx, tokens_LD.reshape(*plan.window_zyx, -1))
+            attention.add(start_zyx, share_LH.reshape(*plan.window_zyx, -1))
+    return _features(backbone, volume, blend, cls), attention.mean_ZYXC().cpu()
+
+
+def _features(backbone: Backbone, volume: Volume, blend: Blend, cls: Sequence[Tensor]) -> Features:
     shape_zyx = _zyx(volume.hu_ZYX.shape)
     pixel_affine = backbone.preprocess.pixel_affine(shape_zyx)
     affine = volume.affine @ pixel_affine @ token_affine(backbone.vit.config.patch_zyx)
-    cls_ND = torch.cat(cls).cpu()
+    cls_ND = torch.cat(list(cls)).cpu()
     patches_ZYXC = blend.mean_ZYXC().cpu()
     return Features(patches_ZYXC, affine, spacing_of(affine), cls_ND, cls_ND.mean(0))
 
@@ -109,8 +152,9 @@ def encode_scan(
 ) -> ScanVectors:
     """Encode a scan to vectors; for the arguments and errors see ``embed_volume``."""
     plan = _plan(backbone, volume, window_slices, overlap)
+    run = partial(backbone, num_blocks=num_blocks)
     cls_ND = torch.cat(
-        [out.pooler_output for _, out in _encode(backbone, plan, batch_size, num_blocks)]
+        [out.pooler_output for _, out in _encode(backbone, plan, batch_size, run)]
     ).cpu()
     return ScanVectors(cls_ND, cls_ND.mean(0), cls_ND.std(0, correction=0), cls_ND.max(0).values)
 
@@ -163,9 +207,9 @@ def _pixels_CZYX(backbone: Backbone, volume: Volume) -> Tensor:
 
 @torch.no_grad()
 def _encode(
-    backbone: Backbone, plan: _Plan, batch_size: int | None, num_blocks: int | None
-) -> Iterator[tuple[Sequence[Zyx], BackboneOutput]]:
-    """Yield the first tokens of the windows of each batch and its output."""
+    backbone: Backbone, plan: _Plan, batch_size: int | None, run: Callable[[Tensor], Out]
+) -> Iterator[tuple[Sequence[Zyx], Out]]:
+    """Yield the first tokens of the windows of each batch, and what ``run`` makes of the batch."""
     if batch_size is None:
         batch_size = _windows_that_fit(backbone, plan)
     if batch_size < 1:
@@ -175,9 +219,7 @@ def _encode(
         starts = plan.starts[done : done + batch_size]
         boxes = [_box(start_zyx, plan.window_zyx, plan.patch_zyx) for start_zyx in starts]
         try:
-            out = backbone(
-                torch.stack([plan.pixels_CZYX[box] for box in boxes]), num_blocks=num_blocks
-            )
+            out = run(torch.stack([plan.pixels_CZYX[box] for box in boxes]))
         except RuntimeError as error:
             if batch_size == 1 or not is_out_of_memory(error):
                 raise

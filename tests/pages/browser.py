@@ -25,6 +25,7 @@ class Browser:
         os.close(to_write)
         self._count, self._buffer, self._session = 0, b"", ""
         self.errors: list[str] = []  # that the console shows
+        self.requests: list[str] = []  # addresses that the page has asked for
         pages = self("Target.getTargets")["targetInfos"]
         target = next(page["targetId"] for page in pages if page["type"] == "page")
         words_of = {"targetId": target, "flatten": True}
@@ -44,6 +45,8 @@ class Browser:
             line, _, self._buffer = self._buffer.partition(b"\0")
             answer = json.loads(line)
             self.errors += _errors(answer)
+            if answer.get("method") == "Network.requestWillBeSent":
+                self.requests.append(answer["params"]["request"]["url"])
             if answer.get("id") == self._count:
                 assert "error" not in answer, answer
                 result: dict[str, Any] = answer["result"]
@@ -54,22 +57,33 @@ class Browser:
         result = self("Runtime.evaluate", expression=script, returnByValue=True)["result"]
         return result.get("value")
 
-    def open(self, page: Path, width: int) -> None:
-        """Load a page in a window of this width, and wait until all of it is there."""
-        size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": False}
+    def forget(self) -> None:
+        """Leave the page, and be as at the start."""
+        self("Emulation.clearDeviceMetricsOverride")
+        self("Page.navigate", url="about:blank")
+        self.wait("location.href == 'about:blank'")
+        self.errors.clear()
+        self.requests.clear()
+
+    def open(self, page: Path, width: int, height: int = 800, *, address: str = "") -> None:
+        """Load a page in a window of this size, and wait until all of it is there."""
+        self.resize(width, height)
+        for domain in ("Runtime", "Log", "Network"):
+            self(f"{domain}.enable")
+        url = page.as_uri() + address
+        self("Page.navigate", url=url)
+        self.wait(f"location.href == {json.dumps(url)} && document.readyState == 'complete'")
+
+    def resize(self, width: int, height: int) -> None:
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
         self("Emulation.setDeviceMetricsOverride", **size)
-        self("Runtime.enable")
-        self("Log.enable")
-        self("Page.navigate", url=page.as_uri())
-        self.wait(
-            f"location.href == {json.dumps(page.as_uri())} && document.readyState == 'complete'"
-        )
 
     def wait(self, script: str, seconds: float = 20) -> None:
         end = time.monotonic() + seconds
         while not self.value(script):
             assert time.monotonic() < end, f"{script} did not become true"
-            time.sleep(0.1)
+            assert not self.errors, self.errors
+            time.sleep(0.05)
 
     def end(self) -> None:
         self._process.terminate()
