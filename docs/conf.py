@@ -12,6 +12,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(path) for path in (REPOSITORY / "docs", REPOSITORY, REPOSITORY / "kernels")]
 # Of tutorials, which run elsewhere, and of the programs that they start.
 os.environ["PYTHONPATH"] = os.pathsep.join(sys.path[1:3])
+os.environ["OMP_NUM_THREADS"] = "1"  # as they say
 
 from tapct_fast import __version__  # noqa: E402  # found by the lines above
 
@@ -39,6 +40,7 @@ nb_execution_show_tb = True
 nb_execution_timeout = 900  # seconds for one cell; a minute where nothing else runs
 nb_merge_streams = True
 
+add_module_names = False
 autodoc_member_order = "bysource"
 # Where torchvision's wheel lacks operators beside a CPU build of torch, transformers cannot load
 # it; adapters.hf does not use it.

@@ -16,7 +16,7 @@ import pkgutil
 import re
 import sys
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,13 +74,13 @@ def _write(name: str, text: str) -> None:
 
 
 def _write_modules() -> None:
-    groups = {title: _modules(package) for package, title in PACKAGES.items()}
-    groups["Settings, errors, pages"] = [f"tapct_fast.{name}" for name in TOP]
+    groups = {package: (title, _modules(package)) for package, title in PACKAGES.items()}
+    groups["tapct_fast"] = ("Settings, errors, pages", [f"tapct_fast.{name}" for name in TOP])
+    groups = {name: group for name, group in groups.items() if group[1]}
     lines = [
         "# Python",
         "",
-        "What `import tapct_fast` offers. Everything else on these pages may change between "
-        "releases.",
+        "What `import tapct_fast` offers; the names of the other pages may change between releases.",
         "",
         "| name | does |",
         "|---|---|",
@@ -88,17 +88,25 @@ def _write_modules() -> None:
     for name in tapct_fast.__all__:
         value = getattr(tapct_fast, name)
         role = "class" if inspect.isclass(value) else "func"
-        text = " ".join((inspect.getdoc(value) or "").partition("\n\n")[0].split())
-        lines.append(f"| {{py:{role}}}`~{value.__module__}.{value.__qualname__}` | {text} |")
-    for title, modules in groups.items():
-        if modules:
-            toctree = ["```{toctree}", ":maxdepth: 1", "", *modules, "```"]
-            lines += ["", f"## {title}", "", *toctree]
+        home = f"~{value.__module__}.{value.__qualname__}"
+        lines.append(f"| {{py:{role}}}`{home}` | {_summary(value)} |")
+    _write("index.md", "\n".join([*lines, "", *_toctree([f"group-{g}" for g in groups])]))
+    for package, (title, modules) in groups.items():
+        lines = [f"# {title}", "", "| module | |", "|---|---|"]
         for module in modules:
-            short = module.partition(".")[2]
+            text = _summary(importlib.import_module(module))
+            lines.append(f"| [{module.partition('.')[2]}]({module}.md) | {text} |")
             directive = f".. automodule:: {module}\n   :members:\n   :show-inheritance:"
-            _write(f"{module}.md", f"# {short}\n\n```{{eval-rst}}\n{directive}\n```\n")
-    _write("index.md", "\n".join(lines) + "\n")
+            _write(f"{module}.md", f"# {module}\n\n```{{eval-rst}}\n{directive}\n```\n")
+        _write(f"group-{package}.md", "\n".join([*lines, "", *_toctree(modules)]))
+
+
+def _summary(value: Any) -> str:
+    return " ".join((inspect.getdoc(value) or "").partition("\n\n")[0].split()).replace("|", "\\|")
+
+
+def _toctree(pages: Sequence[str]) -> list[str]:
+    return ["```{toctree}", ":hidden:", ":titlesonly:", "", *pages, "```", ""]
 
 
 def _write_command_line() -> None:
