@@ -80,7 +80,7 @@ def _write_modules() -> None:
     lines = [
         "# Python",
         "",
-        "What `import tapct_fast` offers; the names of the other pages may change between releases.",
+        "What `import tapct_fast` offers; what other pages name may change between releases.",
         "",
         "| name | does |",
         "|---|---|",
