@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib
+import importlib.util
 import inspect
 import os
 import pkgutil
@@ -89,20 +90,28 @@ def _write_modules() -> None:
         value = getattr(tapct_fast, name)
         role = "class" if inspect.isclass(value) else "func"
         home = f"~{value.__module__}.{value.__qualname__}"
-        lines.append(f"| {{py:{role}}}`{home}` | {_summary(value)} |")
+        lines.append(f"| {{py:{role}}}`{home}` | {_summary(inspect.getdoc(value))} |")
     _write("index.md", "\n".join([*lines, "", *_toctree([f"group-{g}" for g in groups])]))
     for package, (title, modules) in groups.items():
         lines = [f"# {title}", "", "| module | |", "|---|---|"]
         for module in modules:
-            text = _summary(importlib.import_module(module))
+            text = _summary(_docstring(module))
             lines.append(f"| [{module.partition('.')[2]}]({module}.md) | {text} |")
             directive = f".. automodule:: {module}\n   :members:\n   :show-inheritance:"
             _write(f"{module}.md", f"# {module}\n\n```{{eval-rst}}\n{directive}\n```\n")
         _write(f"group-{package}.md", "\n".join([*lines, "", *_toctree(modules)]))
 
 
-def _summary(value: Any) -> str:
-    return " ".join((inspect.getdoc(value) or "").partition("\n\n")[0].split()).replace("|", "\\|")
+def _docstring(module: str) -> str | None:
+    """Return the docstring of a module that is not imported: it may want what is not there."""
+    spec = importlib.util.find_spec(module)
+    assert spec is not None
+    assert spec.origin is not None
+    return ast.get_docstring(ast.parse(Path(spec.origin).read_text()))
+
+
+def _summary(docstring: str | None) -> str:
+    return " ".join((docstring or "").partition("\n\n")[0].split()).replace("|", "\\|")
 
 
 def _toctree(pages: Sequence[str]) -> list[str]:
