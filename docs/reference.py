@@ -97,9 +97,10 @@ def _write_modules() -> None:
         for module in modules:
             text = _summary(_docstring(module))
             lines.append(f"| [{module.partition('.')[2]}]({module}.md) | {text} |")
-            directive = f".. automodule:: {module}\n   :members:\n   :show-inheritance:"
+            directive = f".. automodule:: {module}\n   :members:"
             _write(f"{module}.md", f"# {module}\n\n```{{eval-rst}}\n{directive}\n```\n")
-        _write(f"group-{package}.md", "\n".join([*lines, "", *_toctree(modules)]))
+        entries = [f"{module.partition('.')[2]} <{module}>" for module in modules]
+        _write(f"group-{package}.md", "\n".join([*lines, "", *_toctree(entries)]))
 
 
 def _docstring(module: str) -> str | None:
@@ -269,6 +270,8 @@ def _set_apart(lines: list[str]) -> list[str]:
         elif line and not line.startswith(" "):
             is_block = False
             if is_list and before and not line.startswith("- "):
+                shown.append("")
+            if before and line.startswith(("Shape suffixes", "Shape letters", "Source")):
                 shown.append("")
             is_list = line.startswith("- ")
         shown.append(line)
