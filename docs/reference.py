@@ -35,6 +35,7 @@ from tapct_fast.cli import _parser as cli_parser
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 API = REPOSITORY / "docs" / "api"
+_written: set[Path] = set()
 
 # Packages in the order of the reference; of one that does not exist nothing is written.
 PACKAGES = {
@@ -69,6 +70,7 @@ def _modules(package: str) -> list[str]:
 def _write(name: str, text: str) -> None:
     """Write a page; one that has not changed keeps its time, so that Sphinx need not read it."""
     path = API / name
+    _written.add(path)
     path.parent.mkdir(exist_ok=True)
     if not path.exists() or path.read_text() != text:
         path.write_text(text)
@@ -89,8 +91,8 @@ def _write_modules() -> None:
     for name in tapct_fast.__all__:
         value = getattr(tapct_fast, name)
         role = "class" if inspect.isclass(value) else "func"
-        home = f"~{value.__module__}.{value.__qualname__}"
-        lines.append(f"| {{py:{role}}}`{home}` | {_summary(inspect.getdoc(value))} |")
+        home = f"{value.__module__}.{value.__qualname__}"
+        lines.append(f"| {{py:{role}}}`{name} <{home}>` | {_summary(inspect.getdoc(value))} |")
     _write("index.md", "\n".join([*lines, "", *_toctree([f"group-{g}" for g in groups])]))
     for package, (title, modules) in groups.items():
         lines = [f"# {title}", "", "| module | |", "|---|---|"]
@@ -350,9 +352,12 @@ def _member(value: Any, name: str) -> Any:
 
 def setup(app: Sphinx) -> dict[str, bool]:
     """Write the pages, and register the hooks."""
+    before = set(API.glob("*.md"))
     _write_command_line()
     _write_modules()
     _write_copies()
+    for page in before - _written:  # of a module that is gone
+        page.unlink()
     _unwrap_ops()
     app.connect("autodoc-process-signature", _sign)
     app.connect("autodoc-process-docstring", _describe, priority=400)  # napoleon has 500
