@@ -9,13 +9,13 @@ CPP := $(wildcard csrc/*.cpp csrc/*.hpp csrc/include/tapct/*.hpp csrc/gpu/*.cpp 
   tests/native/*.cpp tests/native/*.hpp tests/fuzz/*.cpp)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test setup dev lint types contracts native wheel pytest fuzz format clean
+.PHONY: demo test setup dev lint types contracts docs native wheel pytest fuzz format clean
 
 demo: setup
 	$(BIN)/tapct-fast demo --out $(OUT) $(if $(CT),--ct $(CT))
 
 # Cheap checks first; each is a target of its own.
-test: lint types contracts native wheel pytest
+test: lint types contracts docs native wheel pytest
 
 # What a build without isolation needs comes first.
 $(VENV)/.base: constraints.txt
@@ -43,6 +43,10 @@ types: dev
 
 contracts: dev
 	$(BIN)/lint-imports
+
+# The site in docs/_build/html; -E runs every tutorial again, -W makes a warning an error.
+docs: dev
+	$(BIN)/python -m sphinx -q -E -W --keep-going -b html docs docs/_build/html
 
 native: dev
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/native -G Ninja -DTAPCT_BUILD_TESTS=ON -DTAPCT_WERROR=ON -DTAPCT_CUDA=OFF -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python
@@ -74,4 +78,4 @@ format: dev
 	$(BIN)/clang-format -i $(CPP)
 
 clean:
-	rm -rf build $(VENV) .demo
+	rm -rf build $(VENV) .demo docs/_build docs/api

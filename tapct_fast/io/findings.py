@@ -2,14 +2,14 @@
 
 A finding is one of four kinds:
 
-========  ==========================================================  =======================
-severity  meaning                                                     policies that go on
-========  ==========================================================  =======================
-note      nothing is wrong: something a user may want to know         error, warn, repair
+========  ===========================================================  =======================
+severity  meaning                                                      policies that go on
+========  ===========================================================  =======================
+note      nothing is wrong: something a user may want to know          error, warn, repair
 doubt     the voxels are kept as they are; what they mean is doubtful  warn, repair
-mend      a regular grid can be made of it, and how is certain        repair
-refuse    the data is damaged, missing or contradicts itself          none
-========  ==========================================================  =======================
+mend      a regular grid can be made of it, and how is certain         repair
+refuse    the data is damaged, missing or contradicts itself           none
+========  ===========================================================  =======================
 
 Readers name the severity; nobody else decides. No finding holds a patient's name, id or path.
 """
