@@ -2,6 +2,9 @@
 
     a_n = softmax_n(w . (tanh(V h_n) * sigmoid(U h_n))),   out = A sum_n a_n h_n + b
 
+With few scans whose features move together, logistic regression on mean pooling can do better:
+compare both.
+
 Shape suffixes: S scans, B bags of a batch, N windows, D width, H hidden, K classes or one value.
 Source: Ilse et al., arXiv:1802.04712, equations 7 and 9.
 """
