@@ -156,7 +156,7 @@ def _embed_scans(
     items = (Item(case, Path(os.fsdecode(place))) for case, place in zip(ids, places, strict=True))
     about = {
         "engine": "local" if ray is None else "ray",
-        "workers": 1 if ray is None else ray.workers,
+        "workers": 1 if ray is None else ray.workers or None,  # None: one per GPU or core
         "device": (backbone.device if ray is None else ray.torch_device).type,
         "backbone": job.backbone,
         "settings": {

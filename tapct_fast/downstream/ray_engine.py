@@ -10,6 +10,7 @@ import copy
 import logging
 import os
 import queue
+import socket
 import threading
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -25,6 +26,7 @@ from tapct_fast.errors import InputError, StoppedError, TapctError
 
 MOST_SCANS = 16  # of a task; a kill costs a worker one scan, a task bounds how late news is
 TASKS_PER_WORKER = 8  # at least, so that the last ones end together
+KNOCK_S = 10.0
 START_S = 300.0  # for actors to start and load the backbone
 _SPARE = 0.9  # of a core: actors that take every core leave none for Ray's own tasks
 
@@ -88,6 +90,7 @@ def _connected(ray: Any, cluster: RayCluster) -> Iterator[None]:
         yield  # the caller's own cluster, which stays
         return
     try:
+        _knock(cluster.address)
         ray.init(
             address=cluster.address,
             include_dashboard=None if cluster.address else False,
@@ -95,7 +98,7 @@ def _connected(ray: Any, cluster: RayCluster) -> Iterator[None]:
             logging_level="ERROR",
             num_cpus=None if cluster.address else _num_cpus(cluster),
         )
-    except (ConnectionError, ValueError, RuntimeError, TimeoutError):
+    except (OSError, ValueError, RuntimeError):
         raise InputError(
             "the Ray cluster cannot be reached; check --ray-address, or start one: ray start --head"
         ) from None
@@ -103,6 +106,13 @@ def _connected(ray: Any, cluster: RayCluster) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _knock(address: str | None) -> None:
+    """Look whether anybody listens at HOST:PORT; Ray itself tries for minutes."""
+    host, colon, port = (address or "").rpartition(":")
+    if colon and "/" not in host:
+        socket.create_connection((host, int(port)), timeout=KNOCK_S).close()
 
 
 def _num_cpus(cluster: RayCluster) -> int:

@@ -12,6 +12,7 @@ from typing import Generic, TypeVar
 from tapct_fast.errors import StoppedError
 
 MOST_READY = 64  # results that take no memory, such as scans that were there before
+LAST_WAIT_S = 10.0  # for reads under way, where the work ends before them
 MOST_STALLED = 16  # reads that never ended, each with its thread; more means that storage is gone
 
 Item = TypeVar("Item")
@@ -123,6 +124,8 @@ class ReadAhead(Generic[Item, Result]):
             self._room.is_closed = True
             self._ready.clear()
             self._changed.notify_all()
+            # A process that ends while a thread is inside native code may be aborted by it.
+            self._changed.wait_for(lambda: not self._active, min(LAST_WAIT_S, self._timeout_s))
 
     def __iter__(self) -> Iterator[tuple[Item, Result]]:
         while True:
@@ -197,6 +200,8 @@ class ReadAhead(Generic[Item, Result]):
                     room.release(reading)
                     return
                 del self._active[reading]
-                self._ready.append((reading, item, result))
                 self._changed.notify_all()
+                if room.is_closed:
+                    return
+                self._ready.append((reading, item, result))
             del item, result, reading

@@ -11,7 +11,14 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from tapct_fast.backbone.backbone import Backbone
+from tapct_fast.downstream.embed import embed_scans
+from tapct_fast.downstream.ray_engine import RayCluster
+from tapct_fast.errors import InputError
+from tapct_fast.io.nifti import write_nifti
 
 pytest.importorskip("ray.data", reason="needs ray[data]")
 pytest.importorskip("pyarrow", reason="the manifest is Parquet: needs pyarrow")
@@ -91,3 +98,15 @@ def test_two_workers_write_the_bytes_of_one_process_though_one_is_killed(folder:
         content = path.read_bytes()
         assert not any(secret in content for secret in secrets), path.name
     assert "doe_jane" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "nobody", "127.0.0.1:port"])
+def test_a_cluster_that_is_not_there_is_an_error_at_once(
+    backbone: Backbone, tmp_path: Path, address: str
+) -> None:
+    write_nifti(tmp_path / "scan.nii", np.arange(6**3, dtype=np.int16).reshape(6, 6, 6), np.eye(4))
+    cluster = RayCluster(address, workers=1)
+    began = time.monotonic()
+    with pytest.raises(InputError, match="--ray-address"):
+        embed_scans(backbone, [tmp_path / "scan.nii"], tmp_path / "out", ray=cluster)
+    assert time.monotonic() - began < 60

@@ -125,13 +125,24 @@ def test_an_error_of_the_reader_is_raised_where_it_is_used() -> None:
 
 
 def test_leaving_early_ends_the_threads() -> None:
+    under_way = []
+
     def read(item: int, reading: Reading) -> int:
-        reading.hold(60)
+        reading.hold(30)
+        if item > 1:
+            under_way.append(item)
+            time.sleep(0.2)
+            under_way.pop()
         return item
 
     before = set(threading.enumerate())
     with ahead_of(list(range(1, 100)), read) as ahead:
-        next(iter(ahead))
+        rows = iter(ahead)
+        next(rows)
+        rows.close()
+        time.sleep(0.05)
+        assert under_way
+    assert under_way == []  # it was waited for
     deadline = time.monotonic() + 10
     while set(threading.enumerate()) - before and time.monotonic() < deadline:
         time.sleep(0.01)
