@@ -111,6 +111,11 @@ def encode_scan(
     cls_ND = torch.cat(
         [out.pooler_output for _, out in _encode(backbone, plan, batch_size, num_blocks)]
     ).cpu()
+    return pool_bag(cls_ND)
+
+
+def pool_bag(cls_ND: Tensor) -> ScanVectors:
+    """Pool a cls bag three ways."""
     return ScanVectors(cls_ND, cls_ND.mean(0), cls_ND.std(0, correction=0), cls_ND.max(0).values)
 
 

@@ -125,16 +125,6 @@ def balanced_accuracy(truth_N: Classes, predicted_N: Classes) -> float:
     return _mean([float(is_right_N[truth_N == k].mean()) for k in np.unique(truth_N)])
 
 
-def macro_f1(truth_N: Classes, predicted_N: Classes) -> float:
-    """Return the mean F1 over the classes that occur or are predicted; NaN without rows."""
-    values = []
-    for k in np.union1d(truth_N, predicted_N):
-        is_true_N, is_predicted_N = truth_N == k, predicted_N == k
-        hits = (is_true_N & is_predicted_N).sum()
-        values.append(float(2 * hits / (is_true_N.sum() + is_predicted_N.sum())))
-    return _mean(values)
-
-
 def r2(truth_N: Floats, predicted_N: Floats) -> float:
     """Return the share of variance explained: 1 at best, 0 for the mean of these very rows.
 
