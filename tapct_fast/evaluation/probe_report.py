@@ -78,6 +78,9 @@ def to_json(found: "Evaluation") -> dict[str, Any]:
         "num_left_out": found.num_left_out,
         "data": found.data,
         "remarks": list(found.remarks),
+        "labels": list(found.labels),
+        "classes": list(found.classes),
+        "chance": found.chance,
         "results": [
             {
                 "name": result.name,
