@@ -94,6 +94,8 @@ def fit_abmil(
     windows_ND = torch.cat(list(bags)).double()
     mean_D, std_D = windows_ND.mean(0), windows_ND.std(0, correction=0)
     std_D = torch.where(std_D > 1e-6 * mean_D.abs(), std_D, torch.inf)
+    windows_ND.sub_(mean_D).div_(std_D)
+    standard = windows_ND.split([len(bag_ND) for bag_ND in bags])  # type: ignore[no-untyped-call]
     offset, scale = (target_SK.mean(), target_SK.std() or 1.0) if is_value else (0.0, 1.0)
     target = torch.from_numpy((target_SK - offset) / scale)
     weight = torch.from_numpy(weight_S).double()
@@ -105,7 +107,7 @@ def fit_abmil(
         model = GatedAttention(len(mean_D), target_SK.shape[1]).double()
 
     def forward(scans: Sequence[int]) -> tuple[Tensor, Tensor]:
-        bag_BND = pad_sequence([(bags[s] - mean_D) / std_D for s in scans], batch_first=True)
+        bag_BND = pad_sequence([standard[s] for s in scans], batch_first=True)
         sizes_B = torch.tensor([len(bags[s]) for s in scans])
         exists_BN = torch.arange(bag_BND.shape[1]) < sizes_B[:, None]
         result: tuple[Tensor, Tensor] = model(bag_BND, exists_BN)

@@ -1,5 +1,6 @@
 import math
 import resource
+import sys
 import time
 
 import numpy as np
@@ -29,6 +30,7 @@ def by_monai(truth: np.ndarray, predicted: np.ndarray, k: int, tolerance_mm: flo
     return float(compute_surface_dice(*masks, [tolerance_mm], **setting))
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of MONAI, about itself
 @pytest.mark.parametrize("tolerance_mm", [0.0, 1.0, 3.0])
 def test_surface_dice_is_monais(tolerance_mm: float) -> None:
     truth, predicted = blob((9, 14, 12), 0), blob((9, 14, 12), 1)
@@ -41,6 +43,7 @@ def test_surface_dice_is_monais(tolerance_mm: float) -> None:
         assert 0.3 < got.nsd_K[k] < 1 or tolerance_mm == 3.0
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of its use of SciPy
 def test_both_scores_are_those_of_deepminds_package() -> None:
     surface_distance = pytest.importorskip("surface_distance")
     truth, predicted = blob((8, 13, 15), 2), blob((8, 13, 15), 3)
@@ -141,3 +144,12 @@ def test_what_does_not_fit_is_refused() -> None:
         call(labels, labels, SPACING, 2, tolerance_mm=-1.0)
     with pytest.raises(InputError, match="prediction holds labels 0 to 5"):
         call(labels, labels + 5 * np.eye(3, dtype=int), SPACING, 5)
+
+
+def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    labels = np.ones((2, 2, 2), int)
+    for package in ("monai.metrics.utils", "scipy.ndimage"):
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, package, None)
+            with pytest.raises(InputError, match=r"tapct-fast\[probe\]"):
+                surface_scores(labels, labels, SPACING, 2)
