@@ -130,10 +130,11 @@ class Evaluation:
             ),
         )
 
-    def table_of_everything(self) -> Table:
-        """Return all scores of all encoders."""
+    def rest(self) -> Table:
+        """Return the scores that ``tables`` leaves out."""
         names = [result.name for result in self.results]
-        return Table("", ["score", *names], _rows([result.scores for result in self.results]))
+        left = [[s for s in r.scores if s not in _brief(r.scores)] for r in self.results]
+        return Table("", ["score", *names], _rows(left))
 
     def __str__(self) -> str:
         return "\n\n".join(map(table_text, self.tables()))
