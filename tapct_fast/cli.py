@@ -351,7 +351,8 @@ def _probe(args: argparse.Namespace) -> int:
     from tapct_fast.evaluation.evaluate import evaluate
 
     # A user's module:function is found beside where the command is given, as by python -m.
-    sys.path.insert(0, "")
+    if "" not in sys.path:
+        sys.path.insert(0, "")
     found = evaluate(
         read_dataset(args.dataset, splits=args.splits),
         args.backbone,

@@ -14,25 +14,37 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
+import numpy as np
 import torch
 
+from tapct_fast.downstream.encode import pool_bag
 from tapct_fast.downstream.features import Features
 from tapct_fast.errors import InputError, Policy
 from tapct_fast.evaluation.cache import FeatureCache, Reading
 from tapct_fast.evaluation.cases import Dataset, patient_id, read_dataset
 from tapct_fast.evaluation.encoders import Encoder, Spec, open_encoder
-from tapct_fast.evaluation.measures import Measured, of_segmentation
+from tapct_fast.evaluation.measures import (
+    Measured,
+    of_classes,
+    of_retrieval,
+    of_segmentation,
+    of_values,
+)
 from tapct_fast.evaluation.probe_report import RESULTS_FILE, table_text, write_probe_report
+from tapct_fast.evaluation.retrieval import retrieval
+from tapct_fast.evaluation.scan_probe import Head, Pooling, probe_scans_level
 from tapct_fast.evaluation.scores import Score
 from tapct_fast.evaluation.segmentation import (
     DECODERS,
     Decoder,
     SegmentationHead,
+    one_thread,
     save_head,
     score_segmentation,
 )
+from tapct_fast.evaluation.splits import Fold
 from tapct_fast.evaluation.survey import TASKS, Plan, Survey, Task, make_plan, make_survey
 from tapct_fast.io.case_id import ensure_key
 from tapct_fast.report import Interval, Table
@@ -65,6 +77,9 @@ class Evaluation:
         task: What was asked of the features.
         settings: Everything that the scores depend on beside scans and weights.
         results: One per encoder, in the order given.
+        labels: Of segmentation, in the order of the rows' values; background is not scored.
+        classes: Of classification and retrieval, in the order of class numbers.
+        chance: By score, what is reached without the scan, where that is known.
         differences: One per rival of the first encoder.
         cases: Per held-out scan, in the order of every result's ``rows``: its id, that of its
             patient, its fold.
@@ -79,6 +94,9 @@ class Evaluation:
     task: Task
     settings: dict[str, Any]
     results: tuple[Result, ...]
+    labels: tuple[str, ...]
+    classes: tuple[str, ...]
+    chance: dict[str, float]
     differences: tuple[Difference, ...]
     cases: Sequence[dict[str, Any]]
     num_scans: int
@@ -91,10 +109,13 @@ class Evaluation:
     def tables(self) -> tuple[Table, ...]:
         """Return the scores of all encoders, and the differences where there are rivals."""
         names = [result.name for result in self.results]
+        rows = _rows([_brief(result.scores) for result in self.results])
+        if self.chance:
+            rows = [[*row, self.chance.get(str(row[0]))] for row in rows]
         scores = Table(
             f"{self.task}: {self.num_scans} held-out scans of {self.num_patients} patients",
-            ["score", *names],
-            _rows([_brief(result.scores) for result in self.results]),
+            ["score", *names, *(["chance"] if self.chance else [])],
+            rows,
             " ".join(self.remarks),
         )
         if not self.differences:
@@ -109,10 +130,11 @@ class Evaluation:
             ),
         )
 
-    def table_of_everything(self) -> Table:
-        """Return all scores of all encoders."""
+    def rest(self) -> Table:
+        """Return the scores that ``tables`` leaves out."""
         names = [result.name for result in self.results]
-        return Table("", ["score", *names], _rows([result.scores for result in self.results]))
+        left = [[s for s in r.scores if s not in _brief(r.scores)] for r in self.results]
+        return Table("", ["score", *names], _rows(left))
 
     def __str__(self) -> str:
         return "\n\n".join(map(table_text, self.tables()))
@@ -137,8 +159,8 @@ def evaluate(
     out: Path | str,
     task: Task | None = None,
     decoder: Decoder = "linear",
-    pooling: str = "mean",
-    head: str | None = None,
+    pooling: Pooling = "mean",
+    head: Head | None = None,
     folds: int = 5,
     shots: int | None = None,
     seed: int = 0,
@@ -180,7 +202,7 @@ def evaluate(
             or ``out`` cannot be written.
         FormatError: Too few scans can be read.
     """
-    _check_settings(task, decoder, folds, shots)
+    _check_settings(task, decoder, pooling, head, folds, shots)
     if not isinstance(dataset, Dataset):
         dataset = read_dataset(dataset)
     opened = _open_all(encoders, device, seed)
@@ -197,7 +219,7 @@ def evaluate(
         settings = {
             "task": chosen,
             **_head_settings(chosen, decoder, pooling, head),
-            "folds": len(plan.folds),
+            "folds": len(plan.folds) or None,
             "folds_by": "data set" if dataset.folds is not None else "patient",
             "shots": shots,
             "seed": seed,
@@ -217,7 +239,9 @@ def _say_nothing(line: str) -> None:
     del line
 
 
-def _check_settings(task: str | None, decoder: str, folds: int, shots: int | None) -> None:
+def _check_settings(
+    task: str | None, decoder: str, pooling: str, head: str | None, folds: int, shots: int | None
+) -> None:
     if task is not None and task not in TASKS:
         raise InputError(f"task={task!r} is not one of {', '.join(TASKS)}")
     if decoder not in DECODERS:
@@ -226,6 +250,9 @@ def _check_settings(task: str | None, decoder: str, folds: int, shots: int | Non
         raise InputError(f"folds={folds} must be at least 2")
     if shots is not None and shots < 1:
         raise InputError(f"shots={shots} must be at least 1")
+    for name, value, known in (("pooling", pooling, Pooling), ("head", head, Head)):
+        if value is not None and value not in get_args(known):
+            raise InputError(f"{name}={value!r} is not one of {', '.join(get_args(known))}")
 
 
 def _open_all(specs: Sequence[Spec], device: str | torch.device, seed: int) -> list[Encoder]:
@@ -265,6 +292,8 @@ def _head_settings(task: Task, decoder: str, pooling: str, head: str | None) -> 
     if task == "segmentation":
         return {"decoder": decoder}
     if task == "retrieval":
+        if pooling == "abmil":
+            raise InputError("retrieval fits nothing; abmil is for classification and regression")
         return {"pooling": pooling}
     return {
         "pooling": pooling,
@@ -283,7 +312,8 @@ def _measure(
     def features_of(case: int) -> Features:
         return store.features(encoder, survey.scans[case])
 
-    assert settings["task"] == "segmentation"
+    if settings["task"] != "segmentation":
+        return _measure_scans(features_of, survey, plan, settings)
     found = score_segmentation(
         features_of,
         survey.labels_of,
@@ -303,6 +333,37 @@ def _measure(
         (out / HEADS_FOLDER).mkdir(exist_ok=True)
         save_head(head, out / HEADS_FOLDER / f"{head_name(encoder.name)}.safetensors")
     return of_segmentation(found, survey.label_names)
+
+
+def _measure_scans(
+    features_of: Callable[[int], Features], survey: Survey, plan: Plan, settings: dict[str, Any]
+) -> Measured:
+    """Score one vector per scan; heads count the scans that take part from 0."""
+    cases = sorted(survey.scans)
+    place = {case: i for i, case in enumerate(cases)}
+    bags = [features_of(case).cls_ND.float() for case in cases]
+    patients = [plan.patients[case] for case in cases]
+    task, seed = settings["task"], settings["seed"]
+    with one_thread():
+        if task == "retrieval":
+            vectors_SD = torch.stack([pool_bag(bag).pooled(settings["pooling"]) for bag in bags])
+            classes_S = np.array([int(plan.targets[case]) for case in cases])
+            return of_retrieval(retrieval(vectors_SD, classes_S, patients, seed=seed), cases)
+        is_class = task == "classification"
+        targets_S = np.array([plan.targets[case] for case in cases])
+        found = probe_scans_level(
+            bags,
+            targets_S.astype(np.int64) if is_class else targets_S,
+            patients,
+            task=task,
+            pooling=settings["pooling"],
+            head=settings["head"],
+            folds=[Fold(*(tuple(place[i] for i in part) for part in f)) for f in plan.folds],
+            seed=seed,
+        )
+    if is_class:
+        return of_classes(found, {i: int(value) for i, value in plan.targets.items()}, cases)
+    return of_values(found, plan.targets, cases)
 
 
 def _compare(
@@ -333,6 +394,9 @@ def _compare(
         task=settings["task"],
         settings=settings,
         results=results,
+        labels=survey.label_names[1:] if settings["task"] == "segmentation" else (),
+        classes=plan.classes,
+        chance=dict(measured[0].chance),
         differences=tuple(
             Difference(encoder.name, measured[0].minus(found, patients, seed=seed))
             for encoder, found in zip(encoders[1:], measured[1:], strict=True)
@@ -341,7 +405,7 @@ def _compare(
             {
                 "case": survey.scans[i].case,
                 "patient": patient_id(dataset.cases[i].patient, key),
-                "fold": fold_of[i],
+                "fold": fold_of.get(i),  # of retrieval none
             }
             for i in cases
         ],

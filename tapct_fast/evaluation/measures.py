@@ -8,13 +8,15 @@ Shape suffixes: S rows (held-out scans), K classes.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tapct_fast.evaluation.scores import Score, score
+from tapct_fast.evaluation.retrieval import RetrievalScores
+from tapct_fast.evaluation.scan_probe import ScanScores
+from tapct_fast.evaluation.scores import Score, auroc, balanced_accuracy, mae, r2, score, spearman
 from tapct_fast.evaluation.segmentation import TOLERANCE_MM, SegmentationScores
 
 Statistic = Callable[[NDArray[np.intp]], float]
@@ -29,11 +31,13 @@ class Measured:
         cases: The case of each row.
         statistics: By name, in the order of a table.
         rows: What is written of each row.
+        chance: What a head that knows nothing of the scan would reach, where that is known.
     """
 
     cases: tuple[int, ...]
     statistics: Mapping[str, Statistic]
     rows: Sequence[Mapping[str, Any]]
+    chance: Mapping[str, float] = field(default_factory=dict)
 
     def scores(self, patients: Sequence[str], *, seed: int) -> tuple[Score, ...]:
         """Return every statistic with its interval over the patients of the rows."""
@@ -74,6 +78,60 @@ def of_segmentation(found: SegmentationScores, label_names: Sequence[str]) -> Me
         for row in range(len(found.cases))
     ]
     return Measured(found.cases, statistics, rows)
+
+
+def of_classes(found: ScanScores, class_of: Mapping[int, int], cases: Sequence[int]) -> Measured:
+    """Return AUROC and balanced accuracy of held-out scans.
+
+    Args:
+        found: What heads predicted; its scans are places in ``cases``.
+        class_of: Class number of each case.
+        cases: Those that took part, ascending.
+    """
+    held = tuple(cases[i] for i in found.scans)
+    truth_S = np.array([class_of[i] for i in held])
+    predicted_SK = np.asarray(found.predictions_MK, dtype=np.float64)
+    best_S = predicted_SK.argmax(1)
+    statistics: dict[str, Statistic] = {
+        "auroc": lambda rows: auroc(truth_S[rows], predicted_SK[rows]),
+        "balanced accuracy": lambda rows: balanced_accuracy(truth_S[rows], best_S[rows]),
+    }
+    rows = [
+        {"class": int(truth), "predicted": [_number(v) for v in row]}
+        for truth, row in zip(truth_S, predicted_SK, strict=True)
+    ]
+    return Measured(held, statistics, rows, dict(zip(statistics, found.chance, strict=True)))
+
+
+def of_values(found: ScanScores, value_of: Mapping[int, float], cases: Sequence[int]) -> Measured:
+    """Return R2, mean absolute error and rank correlation of held-out scans; see ``of_classes``."""
+    held = tuple(cases[i] for i in found.scans)
+    truth_S = np.array([value_of[i] for i in held])
+    predicted_S = np.asarray(found.predictions_MK, dtype=np.float64)[:, 0]
+    statistics: dict[str, Statistic] = {
+        "r2": lambda rows: r2(truth_S[rows], predicted_S[rows]),
+        "mae": lambda rows: mae(truth_S[rows], predicted_S[rows]),
+        "spearman": lambda rows: spearman(truth_S[rows], predicted_S[rows]),
+    }
+    rows = [
+        {"value": float(truth), "predicted": _number(value)}
+        for truth, value in zip(truth_S, predicted_S, strict=True)
+    ]
+    return Measured(held, statistics, rows, dict(zip(statistics, found.chance, strict=True)))
+
+
+def of_retrieval(found: RetrievalScores, cases: Sequence[int]) -> Measured:
+    """Return recall and mean average precision of the scans that have something to find."""
+    names = [score.name for score in found.scores]
+    values_QM = np.asarray(found.values_QM, dtype=np.float64)
+
+    def mean_of(column: int) -> Statistic:
+        return lambda rows: float(values_QM[rows, column].mean())
+
+    statistics = {name: mean_of(column) for column, name in enumerate(names)}
+    rows = [dict(zip(names, map(float, row), strict=True)) for row in values_QM]
+    held = tuple(cases[i] for i in found.queries)
+    return Measured(held, statistics, rows, dict(zip(names, found.chance, strict=True)))
 
 
 def _mean_over_labels(values_SK: Floats) -> Statistic:

@@ -78,6 +78,9 @@ def to_json(found: "Evaluation") -> dict[str, Any]:
         "num_left_out": found.num_left_out,
         "data": found.data,
         "remarks": list(found.remarks),
+        "labels": list(found.labels),
+        "classes": list(found.classes),
+        "chance": found.chance,
         "results": [
             {
                 "name": result.name,
@@ -117,7 +120,7 @@ def render_probe_report(found: "Evaluation") -> str:
     names = [result.name for result in found.results]
     first = found.results[0].scores[0]
     brief, *differences = found.tables()
-    whole = found.table_of_everything()
+    rest = found.rest()
     tiles = [
         (
             f"{result.name}, {result.scores[0].name}",
@@ -133,13 +136,13 @@ def render_probe_report(found: "Evaluation") -> str:
     between = ""
     if differences:
         pairs = [(f"minus {d.rival}", d.scores[0]) for d in found.differences]
-        reach = max([abs(v) for _, s in pairs for v in s[1:] if math.isfinite(v)] + [1e-3])
+        reach = _round_up(max(abs(v) for _, s in pairs for v in (0.0, *s[1:]) if math.isfinite(v)))
         between = intervals_html(
             f"{first.name} of {names[0]}",
             [(name, _interval(score)) for name, score in pairs],
             low=-reach,
             high=reach,
-        ) + "".join(map(table_html, differences))
+        ) + "".join(table_html(table._replace(remark="")) for table in differences)
     facts = [
         *((name, str(value)) for name, value in found.settings.items() if value is not None),
         *((f"fingerprint of {r.name}", r.fingerprint or "not known") for r in found.results),
@@ -159,7 +162,7 @@ def render_probe_report(found: "Evaluation") -> str:
                 "shows no difference.",
                 between,
             ),
-            ("Every score", "", table_html(whole) if len(whole.rows) > len(brief.rows) else ""),
+            ("Surfaces of single labels", "", table_html(rest)),
             ("Run", "", facts_list(facts)),
             ("What this is not", "", _LIMITS),
         ],
@@ -178,6 +181,12 @@ def _ends(score: Score) -> str:
 
 def _interval(score: Score) -> Interval:
     return Interval(score.value, score.low, score.high)
+
+
+def _round_up(value: float) -> float:
+    """Return the next of 0.1, 0.2, 0.5, 1, 2, ... that is not below a value."""
+    steps = [m * 10.0**power for power in range(-1, 6) for m in (1, 2, 5)]
+    return next((round(step, 6) for step in steps if step >= value), value)
 
 
 def _scale(scores: Sequence[Score]) -> tuple[float, float]:

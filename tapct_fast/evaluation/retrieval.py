@@ -1,6 +1,6 @@
 """Whether the scans most similar to a scan share its class: retrieval by pooled vectors.
 
-Shape suffixes: S scans, D width, C candidates.
+Shape suffixes: S scans, D width, C candidates, Q queries, M measures.
 """
 
 from collections.abc import Sequence
@@ -25,6 +25,7 @@ class RetrievalScores(NamedTuple):
     scores: tuple[Score, ...]  # recall@1, recall@5, recall@10, map
     chance: tuple[float, ...]  # per score, the expectation of a random order
     queries: tuple[int, ...]  # scans of a class that another patient has too
+    values_QM: NDArray[np.float64]  # per query and score, whose mean over queries is the score
 
 
 def retrieval(
@@ -78,7 +79,7 @@ def retrieval(
         score(name, lambda rows, of=column: float(of[rows].mean()), owners, seed=seed)  # type: ignore[misc]
         for name, column in zip(names, table.T, strict=True)
     )
-    return RetrievalScores(scores, tuple(np.mean(expected, axis=0).tolist()), tuple(queries))
+    return RetrievalScores(scores, tuple(np.mean(expected, axis=0).tolist()), tuple(queries), table)
 
 
 def _measures(is_right_C: Bools) -> list[float]:

@@ -41,6 +41,7 @@ Floats = NDArray[np.float64]
 FORMAT, VERSION = "tapct-probe-head", 1
 MAX_HEAD_BYTES = 1 << 28  # a head of 1000 classes at width 4096 is a sixteenth of this
 TOLERANCE_MM = 2.0
+MAX_THREADS = 8  # each holds the features of a scan, and a fold's tokens twice
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -184,7 +185,7 @@ def score_segmentation(
     used = sorted({i for fold in folds for i in (*fold.train, *fold.test)})
     fitted_on = {i for fold in folds for i in fold.train}
     fewest = min(len(fold.train) for fold in folds)
-    num_threads = torch.get_num_threads()
+    num_threads = min(torch.get_num_threads(), MAX_THREADS)
     with one_thread(), ThreadPoolExecutor(num_threads, "probe") as pool:
 
         def table(case: int) -> LabelledTokens:

@@ -137,7 +137,8 @@ def _refuse_copies(dataset: Dataset, scans: dict[int, CachedScan]) -> None:
 class Plan(NamedTuple):
     """Who trains, who is tested, and on what."""
 
-    folds: tuple[Fold, ...]
+    folds: tuple[Fold, ...]  # none in retrieval
+    patients: tuple[str, ...]  # of every case
     classes: tuple[str, ...]  # of classification and retrieval
     targets: dict[int, float]  # class numbers, or values
     remarks: tuple[str, ...]
@@ -159,6 +160,16 @@ def make_plan(
     """
     kept, patients = sorted(survey.scans), dataset.patients
     classes, targets = _targets(survey, task, kept)
+    left_out = (
+        f"{survey.num_left_out} scans could not be read and are left out for every backbone; "
+        "see quarantine.jsonl."
+    )
+    if task == "retrieval":
+        if shots is not None:
+            raise InputError("retrieval fits nothing; shots is for the other tasks")
+        remarks = ["Each scan is looked for among those of other patients.", *dataset.remarks]
+        remarks += [left_out] * (survey.num_left_out > 0)
+        return Plan((), patients, classes, targets, tuple(remarks))
     strata = [int(targets[i]) for i in kept] if classes else None
     if dataset.folds is not None:
         parts = tuple(
@@ -178,11 +189,8 @@ def make_plan(
         remarks.append(f"Heads are fitted on {shots} scans{each}.")
     check_leakage(patients, parts)
     if survey.num_left_out:
-        remarks.append(
-            f"{survey.num_left_out} scans could not be read and are left out for every backbone; "
-            "see quarantine.jsonl."
-        )
-    return Plan(parts, classes, targets, tuple(remarks))
+        remarks.append(left_out)
+    return Plan(parts, patients, classes, targets, tuple(remarks))
 
 
 def _targets(
