@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tapct_fast.downstream.encode import embed_volume, encode_scan
     from tapct_fast.downstream.probe import knn, linear_segmentation
     from tapct_fast.errors import TapctError
+    from tapct_fast.evaluation.evaluate import evaluate
     from tapct_fast.io.convert import (
         from_monai,
         from_nibabel,
@@ -52,6 +53,7 @@ _HOMES = {
     "embed_scans": "downstream.embed",
     "embed_volume": "downstream.encode",
     "encode_scan": "downstream.encode",
+    "evaluate": "evaluation.evaluate",
     "export_backbone": "backbone.export",
     "from_monai": "io.convert",
     "from_nibabel": "io.convert",
@@ -86,6 +88,7 @@ __all__ = [
     "embed_scans",
     "embed_volume",
     "encode_scan",
+    "evaluate",
     "export_backbone",
     "from_monai",
     "from_nibabel",

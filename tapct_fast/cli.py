@@ -285,11 +285,32 @@ def _embed(args: argparse.Namespace) -> int:
 
 
 def _probe(args: argparse.Namespace) -> int:
-    labels = _existing(args.labels, "--labels")
-    _existing([args.features], "FEATURES")
-    from tapct_fast.downstream.probe import probe_folder
+    _existing([args.dataset], "DATASET")
+    from tapct_fast.evaluation.cases import read_dataset
+    from tapct_fast.evaluation.evaluate import evaluate
 
-    print(probe_folder(args.features, labels, folds=args.folds, seed=args.seed))
+    # A user's module:function is found beside where the command is given, as by python -m.
+    sys.path.insert(0, "")
+    found = evaluate(
+        read_dataset(args.dataset, splits=args.splits),
+        args.backbone,
+        out=args.out,
+        task=args.task,
+        decoder=args.decoder,
+        pooling=args.pooling,
+        head=args.head,
+        folds=args.folds,
+        shots=args.shots,
+        seed=args.seed,
+        device=args.device,
+        cache=args.cache,
+        check_hu=args.check_hu,
+        policy=args.policy,
+        progress=True,
+        notify=lambda line: print(f"tapct-fast probe: {line}", file=sys.stderr),
+    )
+    print(found)
+    print(f"\nencoded {found.num_encoded}; see report.html and probe.json in OUT")
     return 0
 
 
@@ -645,21 +666,75 @@ def _parser() -> _Parser:
 
     probe = verbs.add_parser(
         "probe",
-        help="score frozen features: kNN and linear segmentation",
-        description="Cross-validated over scans: a kNN and a linear head on frozen patch features; "
-        "prints Dice per label with a 95 %% interval.",
+        help="say what frozen features are worth on labelled scans, beside rivals",
+        description="Encode every scan once with each backbone, fit the same head on each one's "
+        "features by cross-validation over patients, and print a table with 95 %% intervals and "
+        "paired differences. OUT gets report.html, probe.json and the features; run it again to go "
+        "on after a stop. docs/probe.md explains every number.",
     )
-    probe.add_argument("features", type=Path, metavar="FEATURES", help="output folder of embed")
     probe.add_argument(
-        "--labels",
+        "dataset",
         type=Path,
-        nargs="+",
-        required=True,
-        metavar="LABELS",
-        help="label maps, in the order of the scans",
+        metavar="DATASET",
+        help="nnU-Net raw folder, MONAI decathlon .json, or .csv with the column scan and any of "
+        "labels, patient, target, split, fold",
     )
-    probe.add_argument("--folds", type=int, default=4, help="cross-validation folds (default: 4)")
+    probe.add_argument(
+        "--backbone",
+        nargs="+",
+        action="extend",
+        required=True,
+        metavar="B",
+        help="exported folder, .safetensors or hub id; random:RECIPE or random:BACKBONE; "
+        "intensity; timm:NAME[@random]; monai:NAME@FILE.safetensors|random; module:function. "
+        "NAME=B is what tables call it; the first is compared with each other one",
+    )
+    probe.add_argument("--out", type=Path, required=True, metavar="OUT", help="made if absent")
+    probe.add_argument(
+        "--task",
+        choices=("segmentation", "classification", "regression", "retrieval"),
+        help="default: segmentation where there are label maps, else classification",
+    )
+    probe.add_argument(
+        "--decoder", choices=("linear", "conv"), default="linear", help="of segmentation"
+    )
+    probe.add_argument(
+        "--pooling",
+        choices=("mean", "mean+std", "max", "mean+std+max", "abmil"),
+        default="mean",
+        help="of the other tasks: from a scan's windows to its vector (default: mean)",
+    )
+    probe.add_argument(
+        "--head",
+        choices=("logistic", "ridge", "knn"),
+        help="default: logistic in classification, ridge in regression",
+    )
+    probe.add_argument(
+        "--folds", type=int, default=5, help="without a split in DATASET (default: 5)"
+    )
+    probe.add_argument(
+        "--splits",
+        type=Path,
+        metavar="FILE",
+        help="nnU-Net's splits_final.json (default: in DATASET)",
+    )
+    probe.add_argument(
+        "--shots", type=int, metavar="K", help="train on K scans only, K of each class"
+    )
     probe.add_argument("--seed", type=int, default=0)
+    probe.add_argument("--device", default="cpu")
+    probe.add_argument(
+        "--cache", type=Path, metavar="DIR", help="folder of the features (default: OUT/cache)"
+    )
+    probe.add_argument(
+        "--policy", choices=POLICIES, default="error", help="what scans are read; as in pack"
+    )
+    probe.add_argument(
+        "--no-check-hu",
+        dest="check_hu",
+        action="store_false",
+        help="accept values that do not look like HU",
+    )
     probe.set_defaults(run=_probe)
 
     bench = verbs.add_parser(

@@ -7,7 +7,11 @@ number, never by a path. Shape letters: Y X pixels, N values, C channels.
 
 import base64
 import html
+import math
+import os
+import platform
 import struct
+import sys
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +21,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from tapct_fast import __version__
 from tapct_fast.io.atomic import write_atomic
 
 MAX_POINTS = 800  # of a drawn line: two per pixel column of the picture
@@ -63,6 +68,18 @@ class Interval(NamedTuple):
     mean: float
     low: float
     high: float
+
+
+class Table(NamedTuple):
+    """Rows below named columns; all text is plain and is escaped when it is written.
+
+    A number stands right-aligned in its column, an ``Interval`` with its ends, None as a dash.
+    """
+
+    title: str  # "" for none
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str | Interval | float | int | None]]
+    remark: str = ""
 
 
 class Score(NamedTuple):
@@ -331,7 +348,10 @@ def _scores(scores: Sequence[Score]) -> str:
 
 def _interval(interval: Interval) -> str:
     mean, low, high = interval
-    return f'<td class="number"><b>{mean:.2f}</b> <small>{low:.2f} to {high:.2f}</small></td>'
+    if not math.isfinite(mean):
+        return '<td class="number">-</td>'
+    ends = f" <small>{low:.2f} to {high:.2f}</small>" if math.isfinite(low + high) else ""
+    return f'<td class="number"><b>{mean:.2f}</b>{ends}</td>'
 
 
 def _whiskers(score: Score) -> str:
@@ -356,6 +376,109 @@ def _stages(stages: Sequence[tuple[str, float]]) -> str:
         for name, seconds in stages
     )
     return f'<table class="stages"><tbody>{rows}</tbody></table>' if rows else ""
+
+
+def table_html(table: Table) -> str:
+    """Return a table as HTML; one without rows is left out."""
+    if not table.rows:
+        return ""
+    t = html.escape
+    kinds = [_column_class([row[i] for row in table.rows]) for i in range(len(table.columns))]
+    heads = "".join(
+        f"<th{kind}>{t(name)}</th>" for name, kind in zip(table.columns, kinds, strict=True)
+    )
+    body = "".join(
+        f"<tr>{''.join(_cell(cell, kind) for cell, kind in zip(row, kinds, strict=True))}</tr>"
+        for row in table.rows
+    )
+    title = f"<h3>{t(table.title)}</h3>" if table.title else ""
+    remark = f'<p class="remark">{t(table.remark)}</p>' if table.remark else ""
+    return (
+        f'{title}<div class="scroll"><table class="plain"><thead><tr>{heads}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>{remark}"
+    )
+
+
+def _column_class(cells: Sequence[str | Interval | float | int | None]) -> str:
+    """Return the class of a column: numbers are aligned where all its cells are numbers."""
+    is_number = all(cell is None or isinstance(cell, int | float) for cell in cells)
+    return ' class="number right"' if is_number else ""
+
+
+def _cell(cell: str | Interval | float | int | None, kind: str) -> str:
+    if isinstance(cell, Interval):
+        return _interval(cell)
+    if cell is None or (isinstance(cell, float) and math.isnan(cell)):
+        text = "-"
+    elif isinstance(cell, int):
+        text = f"{cell:,}"
+    elif isinstance(cell, float):
+        text = f"{cell:,.0f}" if 1e4 <= abs(cell) < 1e15 else f"{cell:.4g}"
+    else:
+        text = html.escape(cell)
+    return f"<td{kind}>{text}</td>"
+
+
+def intervals_html(
+    title: str, rows: Sequence[tuple[str, Interval]], *, low: float = 0.0, high: float = 1.0
+) -> str:
+    """Return means with their intervals as HTML: numbers, and dot and whisker on one scale.
+
+    Args:
+        title: Plain text; "" for none.
+        rows: Name (plain text) and interval; one whose ends are not finite has no whisker.
+        low: Left end of the scale.
+        high: Its right end; what lies outside is drawn at the end.
+    """
+    if not rows:
+        return ""
+
+    def at(value: float) -> str:
+        return f"{200 * min(max((value - low) / (high - low), 0.0), 1.0):.1f}"
+
+    def drawn(interval: Interval) -> str:
+        mean, start, end = interval
+        parts = ['<line class="grid" x1="0" x2="200" y1="9" y2="9"/>']
+        if math.isfinite(start + end):
+            parts.append(f'<line class="trained" x1="{at(start)}" x2="{at(end)}" y1="9" y2="9"/>')
+        if math.isfinite(mean):
+            parts.append(f'<circle class="trained" cx="{at(mean)}" cy="9" r="4"/>')
+        return f'<svg viewBox="-6 0 212 18" aria-hidden="true">{"".join(parts)}</svg>'
+
+    lines = "".join(
+        f"<tr><td>{html.escape(name)}</td>{_interval(interval)}"
+        f'<td class="bar">{drawn(interval)}</td></tr>'
+        for name, interval in rows
+    )
+    heading = f"<h3>{html.escape(title)}</h3>" if title else ""
+    return (
+        f'{heading}<table class="plain intervals"><thead><tr><th>score</th>'
+        f'<th>95 % interval</th><th class="bar"><span class="zero">{low:g}</span>'
+        f'<span class="one">{high:g}</span></th></tr></thead><tbody>{lines}</tbody></table>'
+    )
+
+
+def environment_facts() -> list[tuple[str, str]]:
+    """Return what this process runs on, by name: no path, no host, no user."""
+    # A page about files alone, as that of verify, needs no torch.
+    import torch
+
+    from tapct_fast import _native
+    from tapct_fast.backbone.describe import device_text
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    cuda = "with CUDA" if _native.has_cuda else "without CUDA"
+    return [
+        ("tapct-fast", __version__),
+        ("torch", torch.__version__),
+        ("python", f"{platform.python_version()} on {sys.platform} {platform.machine()}"),
+        ("device", device_text(device)),
+        ("cores", str(os.cpu_count())),
+        (
+            "native build",
+            f"{_native.inflate_backend()}, c-blosc2 {_native.blosc2_version()}, {cuda}",
+        ),
+    ]
 
 
 def facts_list(facts: Sequence[tuple[str, str]]) -> str:
@@ -418,6 +541,12 @@ dl{display:grid;grid-template-columns:180px 1fr;gap:4px 16px;font-size:14px;marg
 dt{color:var(--soft)}dd{margin:0;overflow-wrap:anywhere}
 .reasons{max-width:none}.reasons td:nth-child(1){width:55%}
 .findings td{vertical-align:top}.findings td:nth-child(-n+3){white-space:nowrap}
+.scroll{overflow-x:auto}
+.plain{width:auto;min-width:min(100%,420px)}
+.plain :is(td,th){padding-right:28px}.plain :is(td,th):last-child{padding-right:0}
+.plain td{vertical-align:baseline}.plain td:nth-child(2){color:inherit}
+.plain .right{text-align:right}.remark{font-size:13px;margin-top:8px}
+.intervals td{vertical-align:middle}.intervals .bar{width:220px}
 .limits{padding-left:20px;color:var(--soft);max-width:74ch}
 @media (max-width:640px){.row{grid-template-columns:repeat(2,1fr)}dl{grid-template-columns:1fr}
 .curves{grid-template-columns:1fr}}

@@ -91,11 +91,19 @@ def test_every_verb_runs_from_scans_to_probe(
     assert main(["embed", backbone, *scans, "--out", features]) == 0
     assert "embedded 0, already there 3, quarantined 0" in capsys.readouterr().out
 
-    assert main(["probe", features, "--folds", "3", "--labels", *labels]) == 0
+    rows = zip(scans, labels, strict=True)
+    cases = folder / "cases.csv"
+    cases.write_text("scan,labels\n" + "".join(f"{scan},{label}\n" for scan, label in rows))
+    probe = ["probe", str(cases), "--backbone", backbone, "--folds", "3", "--out", f"{run}-probe"]
+    assert main([*probe, "--backbone", "untrained=random:debug", "intensity"]) == 0
     table = capsys.readouterr().out
-    assert "linear head" in table
-    assert "kNN" in table
-    assert "3-fold cross-validation over scans" in table
+    assert "| score" in table
+    assert "| untrained" in table
+    assert "minus rival, paired over patients" in table
+    assert "3 folds over patients." in table
+    assert "encoded 9; see report.html" in table
+    assert main([*probe, "--shots", "1"]) == 0
+    assert "encoded 0; see report.html" in capsys.readouterr().out
 
     assert main(["doctor"]) == 0
     assert re.search(r"^inflate +(libdeflate|zlib-ng) [0-9]", capsys.readouterr().out, re.M)
@@ -204,7 +212,8 @@ def test_a_wrong_argument_is_one_line_and_exit_code_2(
         (["watch", str(empty)], "DIR holds no run"),
         (["watch", out, "--every", "0"], "0 is not a positive number"),
         (["embed", missing, str(folder / "scans" / "0.nii.gz"), "--out", out], "hub id"),
-        (["probe", missing, "--labels", str(folder / "labels-0.nii.gz")], "does not exist"),
+        (["probe", missing, "--backbone", "intensity", "--out", out], "DATASET does not exist"),
+        (["probe", str(folder), "--backbone", "intensity", "--out", out], "neither a folder with"),
         (["doctor", "--all"], "unrecognized arguments: --all"),
     ]
     for words, message in cases:
@@ -348,7 +357,7 @@ def test_help_of_each_verb_says_what_it_needs(capsys: pytest.CaptureFixture[str]
         "export": "RUN OUT",
         "check": "[--slices N] [--json FILE]",
         "embed": "BACKBONE SCAN",
-        "probe": "--labels LABELS",
+        "probe": "--backbone B [B ...]",
         "doctor": "usage: tapct-fast doctor",
     }
     for verb, words in wanted.items():

@@ -1,7 +1,10 @@
 import base64
 import dataclasses
 import math
+import os
+import platform
 import re
+import socket
 import struct
 import zlib
 from html.parser import HTMLParser
@@ -18,8 +21,12 @@ from tapct_fast.report import (
     Panel,
     Report,
     Score,
+    Table,
+    environment_facts,
+    intervals_html,
     png,
     render_report,
+    table_html,
     write_report,
 )
 
@@ -236,3 +243,64 @@ def test_a_part_without_content_is_left_out(report: Report) -> None:
 def test_the_written_file_is_the_page(report: Report, tmp_path: Path) -> None:
     write_report(tmp_path / "report.html", report)
     assert (tmp_path / "report.html").read_text() == render_report(report)
+
+
+def test_a_table_shows_text_numbers_and_intervals() -> None:
+    rows = [
+        ("liver", Interval(0.8, 0.7, 0.9), 12345, 0.12345678),
+        ("spleen", Interval(0.5, math.nan, math.nan), None, math.nan),
+    ]
+    page = Page(
+        table_html(Table("Dice", ("label", "score", "voxels", "share"), rows, "of 6 scans"))
+    )
+    assert not page.open
+    for text in ("Dice", "label", "0.80", "0.70 to 0.90", "12,345", "0.1235", "0.50", "of 6 scans"):
+        assert text in page.text
+    assert "nan" not in page.text
+    # The two numbers that there are not.
+    assert page.text.count("-") == 2
+    # Numbers stand right-aligned below their names; text and intervals do not.
+    assert [a.get("class") for a in page.all("th")] == [None, None, "number right", "number right"]
+    assert len(page.all("td", "number right")) == 4
+
+
+def test_a_table_escapes_its_text_and_is_left_out_without_rows() -> None:
+    evil = '<script>alert("x")</script>&'
+    text = table_html(Table(evil, (evil,), [(evil,)], evil))
+    assert "<script" not in text
+    assert Page(text).text.count(evil) == 4
+    named = intervals_html(evil, [(evil, Interval(0.5, 0.4, 0.6))])
+    assert "<script" not in named
+    assert Page(named).text.count(evil) == 2
+    assert table_html(Table("empty", ("a", "b"), [])) == ""
+    assert intervals_html("empty", []) == ""
+
+
+def test_intervals_stand_on_one_scale_and_do_not_leave_it() -> None:
+    rows = [
+        ("recall", Interval(3.0, 2.5, 3.5)),
+        ("alone", Interval(2.0, math.nan, math.nan)),
+        ("far", Interval(5.0, 1.0, 9.0)),
+        ("none", Interval(math.nan, math.nan, math.nan)),
+    ]
+    page = Page(intervals_html("Scores", rows, low=2.0, high=4.0))
+    assert not page.open
+    dots = [float(dot["cx"] or 0) for dot in page.all("circle", "trained")]
+    assert dots == [100.0, 0.0, 200.0]
+    lines = [
+        (float(line["x1"] or 0), float(line["x2"] or 0)) for line in page.all("line", "trained")
+    ]
+    assert lines == [(50.0, 150.0), (0.0, 200.0)]
+    assert "2.50 to 3.50" in page.text
+    assert "nan" not in page.text
+
+
+def test_the_environment_says_what_ran_and_nothing_of_who_and_where() -> None:
+    facts = dict(environment_facts())
+    assert list(facts) == ["tapct-fast", "torch", "python", "device", "cores", "native build"]
+    assert platform.python_version() in facts["python"]
+    assert facts["cores"] == str(os.cpu_count())
+    text = " ".join(facts.values())
+    assert socket.gethostname() not in text
+    assert Path.home().as_posix() not in text
+    assert not re.search(r"(^|\s)/\w", text)

@@ -44,7 +44,7 @@ def describe(backbone: Backbone, files: BackboneFiles) -> dict[str, str]:
         "licence of the weights": stated_license(files) or "not stated: ask the publisher",
         "versions": f"tapct-fast {__version__}, torch {torch.__version__}, "
         f"python {platform.python_version()}",
-        "device": _device_fact(backbone.device),
+        "device": device_text(backbone.device),
     }
 
 
@@ -91,7 +91,8 @@ def _plain(text: str) -> str:
     return re.sub(r"[^ -~]|[|`]", "?", text.strip().strip("'\""))[:80]
 
 
-def _device_fact(device: torch.device) -> str:
+def device_text(device: torch.device) -> str:
+    """Return the name of a GPU or of the processor, and what it computes with."""
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
     info = Path("/proc/cpuinfo")

@@ -59,7 +59,7 @@ def export_backbone(
         CheckpointError: The checkpoint is damaged.
     """
     saved = read_checkpoint(checkpoint_dir, which)
-    return _write(saved.backbone(), saved.config.vit, _preprocess(saved.config), out)
+    return _write(saved.backbone(), saved.config.vit, preprocess_of(saved.config), out)
 
 
 def read_teacher(checkpoint_dir: Path, *, device: str | torch.device) -> Backbone:
@@ -74,11 +74,12 @@ def read_teacher(checkpoint_dir: Path, *, device: str | torch.device) -> Backbon
         vit = Vit(saved.config.vit, saved.config.hu)
     vit.load_state_dict(check_state(saved.config.vit, saved.backbone()), assign=True)
     place = torch.device(device)
-    backbone = Backbone(vit, _preprocess(saved.config), precision=best_precision(place))
+    backbone = Backbone(vit, preprocess_of(saved.config), precision=best_precision(place))
     return backbone.to(place).eval()
 
 
-def _preprocess(config: Config) -> Preprocess:
+def preprocess_of(config: Config) -> Preprocess:
+    """Return the preprocessing of a backbone that is trained with a config."""
     image_zyx, patch_zyx = config.vit.image_zyx, config.vit.patch_zyx
     return Preprocess(
         resize_yx=image_zyx[1:],

@@ -4,7 +4,7 @@ Shape suffixes: N rows (tokens), D width, K classes, J neighbours, S scans.
 """
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -14,12 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tapct_fast.downstream.dice import ProbeResult, confusion_matrix, summarise
-from tapct_fast.downstream.embed import INDEX_FILE
-from tapct_fast.downstream.features import FORMAT, Features, load_features
+from tapct_fast.downstream.features import Features
 from tapct_fast.downstream.resample import check_classes, classify_voxels, labelled_tokens
-from tapct_fast.errors import FormatError, InputError
-from tapct_fast.io.atomic import read_json
-from tapct_fast.io.read import read_labels
+from tapct_fast.errors import InputError
 from tapct_fast.io.volume import Volume
 
 Scan = tuple[Features, Volume]  # the volume holds class numbers, 0 for background
@@ -111,7 +108,7 @@ def linear_segmentation(
         InputError: No scans, labels out of range, or a label map that lies outside its scan.
     """
     names = _names(label_names, num_classes)
-    confusions_SKK = _confusions(_fit_linear, LINEAR_TOKENS, train, test, num_classes, seed)
+    confusions_SKK = _confusions(fit_linear_head, LINEAR_TOKENS, train, test, num_classes, seed)
     return summarise("linear head", names, confusions_SKK, seed=seed)
 
 
@@ -136,7 +133,27 @@ def knn_segmentation(
 Head = Callable[[Tensor], Tensor]  # x_ND -> scores_NK
 
 
-def _fit_linear(x_ND: Tensor, share_NK: Tensor) -> Head:
+@dataclass(frozen=True, slots=True, eq=False)
+class LinearHead:
+    """A linear layer on standardised features; call it with rows."""
+
+    weight_DK: Tensor
+    bias_K: Tensor
+    mean_D: Tensor
+    std_D: Tensor
+
+    def __call__(self, x_ND: Tensor) -> Tensor:
+        """Return scores_NK, finite; a class that was not seen in training scores lowest."""
+        return ((x_ND - self.mean_D) / self.std_D) @ self.weight_DK + self.bias_K
+
+
+def fit_linear_head(x_ND: Tensor, share_NK: Tensor) -> LinearHead:
+    """Fit the head of ``linear_segmentation`` on rows.
+
+    Args:
+        x_ND: Features of tokens, float32.
+        share_NK: Share of each class among a token's label voxels; rows sum to 1.
+    """
     mean_D, std_D = x_ND.mean(0), x_ND.std(0, correction=0).clamp_min(1e-6)
     x_ND = (x_ND - mean_D) / std_D
     mean_K = share_NK.mean(0)
@@ -159,8 +176,7 @@ def _fit_linear(x_ND: Tensor, share_NK: Tensor) -> Head:
     solver.step(closure)  # type: ignore[no-untyped-call]  # torch does not annotate it
     # A class without training tokens must never win; finite, so that interpolation stays finite.
     offset_K = torch.where(present_K, bias_K.detach(), -1e4)
-    head_DK = weight_DK.detach()
-    return lambda rows_ND: ((rows_ND - mean_D) / std_D) @ head_DK + offset_K
+    return LinearHead(weight_DK.detach(), offset_K, mean_D, std_D)
 
 
 def _fit_knn(x_ND: Tensor, share_NK: Tensor) -> Head:
@@ -194,7 +210,7 @@ def segment(
     """
     if not train:
         raise InputError("a probe needs training scans, not 0")
-    head = _fit(_fit_linear, LINEAR_TOKENS, train, num_classes, seed)
+    head = _fit(fit_linear_head, LINEAR_TOKENS, train, num_classes, seed)
     return [
         classify_voxels(head(features.patches_ZYXC.flatten(0, 2)), features, labels)
         for features, labels in scans
@@ -257,34 +273,6 @@ class ScanProbe(NamedTuple):
         return f"{self.knn}\n\n{self.linear}\n\n{self.num_folds}-fold cross-validation over scans"
 
 
-def probe_folder(
-    features: Path, labels: Sequence[Path], *, folds: int = 4, seed: int = 0
-) -> ScanProbe:
-    """Score an output folder of ``embed_scans`` by cross-validation over its scans.
-
-    Args:
-        features: The folder.
-        labels: Label maps, one per scan in the order the scans were given; those of quarantined
-            scans are passed over. Label 0 is background.
-        folds: At most; with fewer scans, each is left out once.
-        seed: Draws folds, training tokens and the bootstrap.
-
-    Raises:
-        InputError: Numbers of scans and label maps differ, or there are fewer than two scans.
-        FormatError: The folder or a label map is damaged.
-    """
-    cases = _cases(features)
-    if len(cases) != len(labels):
-        raise InputError(f"{len(labels)} label maps for {len(cases)} scans; give one per scan")
-    pairs = zip(cases, labels, strict=True)
-    kept = [(case, path) for (case, is_quarantined), path in pairs if not is_quarantined]
-    scans = [
-        (load_features(features / "cases" / f"{case}.safetensors"), read_labels(path))
-        for case, path in kept
-    ]
-    return probe_scans(scans, folds=folds, seed=seed)
-
-
 def probe_scans(scans: Sequence[Scan], *, folds: int = 4, seed: int = 0) -> ScanProbe:
     """Score features by cross-validation over their scans.
 
@@ -326,17 +314,6 @@ def probe_scans(scans: Sequence[Scan], *, folds: int = 4, seed: int = 0) -> Scan
 
     return ScanProbe(
         cross_validate("kNN", _fit_knn, KNN_TOKENS),
-        cross_validate("linear head", _fit_linear, LINEAR_TOKENS),
+        cross_validate("linear head", fit_linear_head, LINEAR_TOKENS),
         folds,
     )
-
-
-def _cases(features: Path) -> list[tuple[str, bool]]:
-    """Return id and whether it was quarantined, per scan in input order."""
-    index = read_json(features / INDEX_FILE, "features index")
-    if not isinstance(index, dict) or index.get("format") != FORMAT:
-        raise FormatError("features index", "not a features folder; make one: tapct-fast embed")
-    try:
-        return [(str(row["case"]), bool(row["is_quarantined"])) for row in index["cases"]]
-    except (KeyError, TypeError):
-        raise FormatError("features index", "it is damaged; run tapct-fast embed again") from None

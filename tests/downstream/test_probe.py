@@ -1,23 +1,18 @@
-import json
 import math
 import time
-from pathlib import Path
 
-import nibabel
 import numpy as np
 import pytest
 import torch
 
-from tapct_fast.backbone.backbone import Backbone
-from tapct_fast.downstream.embed import embed_scans
 from tapct_fast.downstream.features import Features
 from tapct_fast.downstream.probe import (
     knn,
     knn_segmentation,
     linear_segmentation,
-    probe_folder,
+    probe_scans,
 )
-from tapct_fast.errors import FormatError, InputError
+from tapct_fast.errors import InputError
 from tapct_fast.io.volume import Volume
 
 GRID = (4, 6, 5)
@@ -195,60 +190,22 @@ def test_a_fit_of_full_size_takes_seconds() -> None:
     assert time.process_time() - start < 20  # CPU seconds; about 2 for 16384 tokens
 
 
-@pytest.fixture
-def embedded(backbone: Backbone, tmp_path: Path) -> tuple[Path, list[Path]]:
-    """Four scans with a bright half; label 7 is that half, drawn on a flipped grid."""
-    scans, labels = [], []
-    for number in range(4):
-        rng = np.random.default_rng(number)
-        hu_xyz = rng.normal(-900, 30, (64, 64, 12))
-        half = np.zeros((64, 64, 12), np.uint8)
-        half[: 24 + 8 * (number % 2)] = 7
-        hu_xyz += 900 * (half > 0)
-        affine = np.diag([1.0, -1.0, 3.0, 1.0])
-        scans.append(tmp_path / f"scan{number}.nii.gz")
-        labels.append(tmp_path / f"label{number}.nii.gz")
-        nibabel.save(nibabel.Nifti1Image(hu_xyz.astype(np.int16), affine), scans[-1])
-        flipped = affine @ np.diag([-1.0, 1.0, 1.0, 1.0])
-        flipped[0, 3] = 63.0
-        nibabel.save(nibabel.Nifti1Image(half[::-1], flipped), labels[-1])
-    embed_scans(backbone, scans, tmp_path / "features", overlap=0.0)
-    return tmp_path / "features", labels
-
-
-def test_a_features_folder_is_cross_validated(embedded: tuple[Path, list[Path]]) -> None:
-    folder, labels = embedded
-    result = probe_folder(folder, labels, folds=8, seed=0)
+def test_folds_over_scans_test_each_once_with_its_own_label_values() -> None:
+    scans = []
+    for seed in range(4):
+        features, labels = centre_voxels(toy(seed, num_classes=2))
+        values = np.where(labels.hu_ZYX > 0, 7, 0).astype(np.int16)
+        scans.append((features, Volume(values, labels.spacing_mm, labels.affine)))
+    result = probe_scans(scans, folds=8, seed=0)
     assert result.num_folds == 4
     assert result.linear.num_scans == result.knn.num_scans == 4
     assert result.linear.label_names == ("0", "7")
-    assert result.linear.mean_dice > 0.9
-    assert result.knn.mean_dice > 0.9
+    assert min(result.linear.mean_dice, result.knn.mean_dice) > 0.95
     text = str(result)
     assert "kNN" in text
     assert "linear head" in text
     assert "4-fold" in text
-    assert str(probe_folder(folder, labels, folds=8, seed=0)) == text
-
-
-def test_quarantined_scans_are_passed_over(embedded: tuple[Path, list[Path]]) -> None:
-    folder, labels = embedded
-    index = json.loads((folder / "index.json").read_text())
-    index["cases"][1]["is_quarantined"] = True
-    (folder / "index.json").write_text(json.dumps(index))
-    assert probe_folder(folder, labels, folds=2).linear.num_scans == 3
-
-
-def test_a_wrong_number_of_label_maps_and_a_wrong_folder_are_errors(
-    embedded: tuple[Path, list[Path]], tmp_path: Path
-) -> None:
-    folder, labels = embedded
-    with pytest.raises(InputError, match="3 label maps for 4 scans"):
-        probe_folder(folder, labels[:3])
-    with pytest.raises(InputError, match="cross-validation"):
-        probe_folder(folder, labels, folds=1)
-    with pytest.raises(FormatError, match=r"index\.json"):
-        probe_folder(tmp_path, labels)
-    (folder / "index.json").write_text('{"format": "tapct-features", "cases": [1]}')
-    with pytest.raises(FormatError, match="damaged"):
-        probe_folder(folder, labels)
+    assert str(probe_scans(scans, folds=8, seed=0)) == text
+    for few, folds in ((scans[:1], 2), (scans, 1)):
+        with pytest.raises(InputError, match="cross-validation"):
+            probe_scans(few, folds=folds)

@@ -1,0 +1,1 @@
+"""What frozen features are worth on a user's own data: heads, splits by patient, scores, tables."""
