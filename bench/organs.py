@@ -1,0 +1,231 @@
+"""Dice of organs on real CT: a backbone pretrained here, the same one untrained, plain intensities.
+
+Two patients are all that is at hand with organ labels (TotalSegmentator's test files; the labels
+are TotalSegmentator's own, not an expert's): a torso at 3 mm and 20 slices of an abdomen at 2 mm.
+``tapct-fast probe``'s linear decoder is fitted on one and scored on the other, and the other way
+round, on the labels that both hold; left and right, ribs and vertebrae are one label each, as a
+patch of 12 mm cannot tell them apart. TotalSegmentator's third file, ts_ct_sm, is the top of the
+torso voxel by voxel, so it takes no part. The backbone was pretrained for minutes on phantoms and
+on other patients, never on these two.
+
+Two patients say nothing about a third: intervals are a 95 % bootstrap over labels, paired for
+differences, and speak of these organs in these two scans, and of the seeds' mean.
+Shape suffixes: E encoders, R seeds, S scans, K labels.
+"""
+
+import csv
+import json
+import os
+import re
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bench.harness import REPOSITORY, Device, Run, start
+from tapct_fast.backbone.export import export_backbone
+from tapct_fast.config import Config, CropConfig
+from tapct_fast.data.phantom import LABEL_NAMES, write_phantoms
+from tapct_fast.evaluation.evaluate import evaluate
+from tapct_fast.io.convert import save_nifti
+from tapct_fast.io.pack import pack
+from tapct_fast.io.read import read_labels
+from tapct_fast.recipes import debug
+from tapct_fast.train.loop import train
+
+SOURCES = [
+    "bench/organs.py",
+    "tapct_fast/recipes.py",
+    "tapct_fast/data/phantom.py",
+    "tapct_fast/downstream/probe.py",
+    "tapct_fast/evaluation/segmentation.py",
+]
+DEVICE: Device = "cpu"
+PRETRAINED, UNTRAINED, INTENSITY = "pretrained here", "untrained", "intensity"
+LABELLED = (
+    ("nifti/ts_ct_3mm_int32.nii.gz", "nifti/ts_ct_3mm_seg62.nii.gz"),
+    ("dicom/ts_j2k_20slices", "dicom/ts_j2k_20slices_seg32.nii.gz"),
+)
+OTHERS = (  # patients to pretrain on
+    "nifti/lidc0314_chest_native_z120-139_int16.nii.gz",
+    "nifti/crlm1004_abdomen_native_slope1_inter-1024_int16.nii.gz",
+    "nifti/sts003_ct_f32_qform.nii.gz",
+    "dicom/sts004_implicit_40slices",
+)
+NUM_RESAMPLES = 2000
+_WHICH = r"_(left|right|[CTL]?\d+)(_\d+)?$"  # of a pair or of a row
+
+Floats = NDArray[np.float64]
+
+
+class Setting(NamedTuple):
+    """The one row.
+
+    Attributes:
+        name: Of the model.
+        config: The run.
+        seeds: Of weights, phantoms and views.
+        num_phantoms: To pretrain on, beside real scans.
+    """
+
+    name: str
+    config: Config
+    seeds: Sequence[int]
+    num_phantoms: int
+
+
+def full() -> Setting:
+    """Return a small ViT on boxes of 32 x 192 x 192 mm: slices of 2 to 4 mm, pixels of 1.3 to 3 mm.
+
+    The probe resizes planes to 224 x 224: pixels of 1.4 and 2.2 mm in the two patients.
+    """
+    config = debug()
+    crops = CropConfig(extent_mm_zyx=(32.0, 192.0, 192.0))
+    vit = replace(config.vit, dim=192, depth=6)
+    run = replace(config.train, num_steps=600, checkpoint_every=600, log_every=20)
+    return Setting("ViT 192x6", replace(config, crops=crops, vit=vit, train=run), (0, 1), 12)
+
+
+def tiny() -> Setting:
+    """Return a setting of the same paths for tests."""
+    config = debug()
+    vit = replace(config.vit, dim=64, depth=1)
+    run = replace(config.train, num_steps=2, batch_size=4, group_size=4, checkpoint_every=2)
+    return Setting("tiny", replace(config, vit=vit, train=run), (0,), 1)
+
+
+class Scans(NamedTuple):
+    """A table of labelled scans, the names of their labels, and other scans to train on."""
+
+    table: Path
+    names: list[str]
+    others: list[Path]
+
+
+def real_scans(folder: Path) -> Scans | None:
+    """Write the two patients' label maps, with shared labels only; None without real CT."""
+    home = Path(os.environ.get("TAPCT_TEST_DATA", REPOSITORY / ".." / "shared" / "data" / "ct"))
+    if not (home / LABELLED[0][0]).exists():
+        print("skipped: no real CT; set TAPCT_TEST_DATA to a folder with nifti/ and dicom/")
+        return None
+    names = json.loads((home / "nifti" / "ts_label_names.json").read_text())
+    merged = {int(value): re.sub(_WHICH, "", name) for value, name in names.items()}
+    maps = [read_labels(home / labels) for _, labels in LABELLED]
+    present = [{merged[v] for v in np.unique(m.hu_ZYX).tolist() if v in merged} for m in maps]
+    shared = sorted(set.intersection(*present))
+    class_of = np.zeros(max(merged) + 1, dtype=np.int16)
+    for value, name in merged.items():
+        class_of[value] = shared.index(name) + 1 if name in shared else 0
+    rows = []
+    for number, ((scan, _), labels) in enumerate(zip(LABELLED, maps, strict=True), start=1):
+        path = folder / f"labels{number}.nii.gz"
+        save_nifti(path, class_of[labels.hu_ZYX], labels)
+        rows.append([(home / scan).resolve(), path, f"patient {number}"])
+    return Scans(_write_table(folder, rows), shared, [home / scan for scan in OTHERS])
+
+
+def phantom_scans(folder: Path) -> Scans:
+    """Return phantoms in the place of patients, for tests."""
+    pairs = write_phantoms(folder / "labelled", 2, seed=9)
+    rows = [[scan, labels, f"phantom {i}"] for i, (scan, labels) in enumerate(pairs)]
+    return Scans(_write_table(folder, rows), list(LABEL_NAMES[1:]), [])
+
+
+def _write_table(folder: Path, rows: Sequence[Sequence[Any]]) -> Path:
+    table = folder / "scans.csv"
+    with table.open("w", newline="") as file:
+        csv.writer(file).writerows([("scan", "labels", "patient"), *rows])
+    return table
+
+
+def _pretrained(setting: Setting, seed: int, scans: Scans, folder: Path) -> Path:
+    pairs = write_phantoms(folder / "phantoms", setting.num_phantoms, seed)
+    report = pack([*scans.others, *(scan for scan, _ in pairs)], folder / "store", policy="warn")
+    assert report.quarantined == 0
+    config = replace(setting.config, train=replace(setting.config.train, seed=seed))
+    train(config, folder / "store", folder / "run", device=DEVICE)
+    return export_backbone(folder / "run", folder / "backbone")
+
+
+def _dice_ESK(scans: Scans, backbone: Path, seed: int, folder: Path) -> tuple[Floats, float]:
+    """Return the Dice of pretrained, untrained and intensities, and the seconds of it all."""
+    encoders = [
+        f"{PRETRAINED}={backbone}",
+        f"{UNTRAINED}=random:{backbone}",
+        INTENSITY,
+    ]
+    began = time.perf_counter()
+    found = evaluate(scans.table, encoders, out=folder / "probe", folds=2, seed=seed)
+    seconds = time.perf_counter() - began
+    dice = [[row["dice"] for row in result.rows] for result in found.results]
+    return np.array(dice, dtype=np.float64), seconds
+
+
+def _interval(of_K: Floats, statistic: Callable[[Floats], float] = np.mean) -> list[float]:
+    pick_RK = np.random.default_rng(0).integers(of_K.size, size=(NUM_RESAMPLES, of_K.size))
+    draws = [statistic(of_K[pick_K]) for pick_K in pick_RK]
+    low, high = np.percentile(draws, (2.5, 97.5))
+    return [round(float(value), 4) for value in (statistic(of_K), low, high)]
+
+
+def _measure(run: Run, setting: Setting, case: str) -> None:
+    found, seconds = [], {"train": [], "probe": []}  # type: ignore[var-annotated]
+    with tempfile.TemporaryDirectory() as name:
+        scans = phantom_scans(Path(name)) if run.is_tiny else real_scans(Path(name))
+        if scans is None:
+            return
+        for seed in setting.seeds:
+            folder = Path(name, str(seed))
+            folder.mkdir()
+            began = time.perf_counter()
+            backbone = _pretrained(setting, seed, scans, folder)
+            seconds["train"].append(round(time.perf_counter() - began, 1))
+            dice_ESK, spent = _dice_ESK(scans, backbone, seed, folder)
+            seconds["probe"].append(round(spent, 1))
+            found.append(dice_ESK)
+            print(f"organs, seed {seed}: {np.nanmean(dice_ESK, axis=(1, 2))}", flush=True)
+    dice_ERSK = np.stack(found, axis=1)
+    dice_ESK = dice_ERSK.mean(1)
+    names = (PRETRAINED, UNTRAINED, INTENSITY)
+    dice_EK = np.nanmean(dice_ESK, axis=1)  # over the two directions
+    run.write(
+        case,
+        DEVICE,
+        {name: [1e3 * s for s in sorted(seconds["probe"])[:1] * 3] for name in (PRETRAINED,)},
+        seconds=seconds,
+        seeds=list(setting.seeds),
+        labels=len(scans.names),
+        dice={n: _interval(dice_K) for n, dice_K in zip(names, dice_EK, strict=True)},
+        gain={n: _interval(dice_EK[0] - dice_EK[e]) for e, n in enumerate(names) if e},
+        dice_by_seed={
+            n: np.nanmean(of_RSK, axis=(1, 2)).round(4).tolist()
+            for n, of_RSK in zip(names, dice_ERSK, strict=True)
+        },
+        dice_by_direction={
+            n: np.nanmean(of_SK, axis=1).round(4).tolist()
+            for n, of_SK in zip(names, dice_ESK, strict=True)
+        },
+        dice_by_label={
+            label: [round(float(value), 4) for value in dice_EK[:, k]]
+            for k, label in enumerate(scans.names)
+        },
+        verified="trained on one patient, scored on the other, both ways",
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure the one row."""
+    run = start(__file__, SOURCES, argv)
+    setting = tiny() if run.is_tiny else full()
+    case = f"{setting.name}, {setting.config.train.num_steps} steps, {len(setting.seeds)} seeds"
+    if run.wants(case, DEVICE):
+        _measure(run, setting, case)
+
+
+if __name__ == "__main__":
+    main()
