@@ -31,7 +31,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 import tapct_fast
 import tapct_kernels
 from bench.__main__ import _parser as bench_parser
-from tapct_fast.cli import _parser as cli_parser
+from tapct_fast.parser import build_parser
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 API = REPOSITORY / "docs" / "api"
@@ -124,7 +124,7 @@ def _toctree(pages: Sequence[str]) -> list[str]:
 def _write_command_line() -> None:
     os.environ["COLUMNS"] = "92"  # of the help
     lines = ["# The command line"]
-    for name, parser in (("tapct-fast", cli_parser()), ("tapct-fast bench", bench_parser())):
+    for name, parser in (("tapct-fast", build_parser()), ("tapct-fast bench", bench_parser())):
         lines += ["", f"## {name}", "", "```text", parser.format_help().rstrip(), "```"]
         (verbs,) = (a.choices for a in parser._actions if isinstance(a.choices, dict))
         for verb, own in verbs.items():

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tapct_fast import recipes
-from tapct_fast.cli import _parser as cli_parser
+from tapct_fast.parser import build_parser
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -93,7 +93,7 @@ def verbs(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]
 def test_commands_in_pages_exist(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT)
     benches = verbs(importlib.import_module("bench.__main__")._parser())
-    parser = cli_parser()
+    parser = build_parser()
     settings = recipes.settings(recipes.recipe("vit-b"))
     for words in commands(page.read_text()):
         if not words or words[0].startswith("-") or words[0].isupper():
