@@ -14,7 +14,6 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import nibabel
 import numpy as np
 import pytest
 import torch
@@ -23,7 +22,6 @@ from tapct_fast.backbone.backbone import Backbone
 from tapct_fast.downstream import archive
 from tapct_fast.downstream.embed import EmbedReport, embed_scans
 from tapct_fast.downstream.features import load_features
-from tapct_fast.downstream.probe import probe_folder
 from tapct_fast.errors import InputError
 from tapct_fast.io.nifti import write_nifti
 from tapct_fast.io.pack import locate
@@ -418,22 +416,22 @@ def test_progress_is_told_in_lines_and_in_a_file_without_paths(
     assert "doe" not in json.dumps(sums) + "".join(lines)
 
 
-def test_features_of_an_archive_are_probed_as_before(
+def test_the_index_tells_the_scans_apart_in_input_order(
     backbone: Backbone, scans: list[Path], tmp_path: Path
 ) -> None:
-    labels = []
-    for number, scan in enumerate(scans):
-        image = nibabel.load(scan)
-        values_XYZ = np.zeros(image.shape, np.uint8)
-        values_XYZ[:12] = 1
-        labels.append(tmp_path / f"labels-{number}.nii.gz")
-        nibabel.save(nibabel.Nifti1Image(values_XYZ, image.affine), labels[-1])
-    shutil.copy(scans[0], scans[0].with_name("doe_jane_9.nii.gz"))
+    copy = scans[0].with_name("doe_jane_9.nii.gz")
+    shutil.copy(scans[0], copy)
     scans[1].write_bytes(b"no scan")
     out = tmp_path / "features"
-    archive_scans = [*scans, scans[0].with_name("doe_jane_9.nii.gz")]
-    assert embed_scans(backbone, archive_scans, out) == EmbedReport(3, 0, 1)
-    assert "linear head" in str(probe_folder(out, [*labels, labels[0]], folds=3))
+    assert embed_scans(backbone, [*scans, copy], out) == EmbedReport(3, 0, 1)
+    index = json.loads((out / "index.json").read_text())["cases"]
+    assert [row["is_quarantined"] for row in index] == [False, True, False, False]
+    first, third, fourth = (
+        load_features(out / "cases" / f"{index[i]['case']}.safetensors").patches_ZYXC
+        for i in (0, 2, 3)
+    )
+    assert torch.equal(first, fourth)
+    assert not torch.equal(first, third)
 
 
 def test_a_tree_of_series_and_archives_of_series_is_one_archive(
