@@ -45,10 +45,10 @@ class Logits(NamedTuple):
 
     def of(self, rows: slice | Tensor, prototypes: slice = ALL) -> Tensor:
         """Return logits_MP of some rows, by number or in sequence, and some prototypes."""
-        rows_NX = self.rows_NX
+        rows_NX = self.rows_NX if self.weights_PK is not None else self.rows_NX[:, prototypes]
         rows_MX = rows_NX[rows] if isinstance(rows, slice) else rows_NX.index_select(0, rows)
         if self.weights_PK is None:
-            return rows_MX[:, prototypes]
+            return rows_MX
         with torch.autocast(rows_MX.device.type, enabled=False):
             return F.linear(rows_MX, self.weights_PK[prototypes])
 
