@@ -3,7 +3,8 @@
 Phantoms with two of their labels merged into background, five folds by patient, features of a
 ViT-S's width of 384 on 4x8x8 patches: a fixed random layer on each patch, for what a probe costs
 does not depend on what its features know. Timed is the whole call: reading label maps, fits, scores
-with surface distances and 2000 draws, pages. With one thread and with two: both write the same scores, and nothing is encoded.
+with surface distances and 2000 draws, pages. With one thread and with two: both write the same
+scores, and nothing is encoded.
 """
 
 import tempfile
