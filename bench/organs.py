@@ -89,8 +89,8 @@ def full() -> Setting:
     config = debug()
     crops = CropConfig(extent_mm_zyx=(32.0, 192.0, 192.0))
     vit = replace(config.vit, dim=192, depth=6)
-    run = replace(config.train, num_steps=400, checkpoint_every=400, log_every=20)
-    return Setting("ViT 192x6", replace(config, crops=crops, vit=vit, train=run), (0, 1), 12)
+    run = replace(config.train, num_steps=300, checkpoint_every=300, log_every=20)
+    return Setting("ViT 192x6", replace(config, crops=crops, vit=vit, train=run), (0,), 12)
 
 
 def tiny() -> Setting:
