@@ -3,7 +3,6 @@
 ``make docs`` builds it with warnings as errors; ``reference.py`` writes the pages of ``docs/api``.
 """
 
-import logging
 import os
 import sys
 from pathlib import Path
@@ -25,10 +24,6 @@ extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "reference
 exclude_patterns = ["_build"]
 # Every name must be found: reference.py resolves those of annotations as Python does.
 nitpicky = True
-# A glob in a table of contents is a page that some checkouts do not have; this warning has no type
-# by which suppress_warnings could name it.
-logging.getLogger("sphinx.sphinx.directives.other").addFilter(lambda r: "glob" not in r.msg)
-
 myst_enable_extensions = ["attrs_block", "colon_fence"]
 myst_heading_anchors = 3
 
