@@ -107,18 +107,24 @@ def killed_at_random(root: Path, num_scans: int, num_kills: int) -> dict[str, ob
     _, status = os.waitpid(fork(lambda: run(scans, whole, root / "whole.log", lambda: None)), 0)
     assert status == 0, status
     times = sorted(path.stat().st_mtime for path in (whole / "cases").glob("*.json"))
-    work_s = times[-1] - times[0]
+    scan_s = (times[-1] - times[0]) / num_scans
+
+    def num_records() -> int:
+        return len(list((broken / "cases").glob("*.json")))
 
     rng, lock = random.Random(SEED), broken / ".lock"
     kills = []
     for _ in range(num_kills):
-        records = len(list((broken / "cases").glob("*.json"))) if kills else 0
+        records = num_records()
         child = fork(lambda: run(scans, broken, root / "broken.log", lambda: None))
         if kills:  # the first at any time, the others while it works: behind its imports
             wait_for(lambda child=child: lock.exists() and lock.read_text() == f"{child}\n")
-        # Before the end: the scans that are left are shared among the kills that are, and more.
-        share = (num_scans - records) / num_scans / (num_kills - len(kills) + 5)
-        time.sleep(rng.uniform(0.0, 0.01 + 1.8 * work_s * share))
+            # By scans, not by the clock, which runs ahead where other programs work. Before the
+            # end: the scans that are left are shared among the kills that are, and more.
+            most = 2 * (num_scans - records) // (num_kills - len(kills) + 5)
+            until = records + rng.randint(0, most)
+            wait_for(lambda until=until: num_records() >= until)
+        time.sleep(rng.uniform(0.0, 2 * scan_s))
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         kills.append((os.WTERMSIG(status), records))

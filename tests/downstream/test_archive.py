@@ -107,7 +107,7 @@ def test_200_scans_and_50_kills_end_as_if_nothing_had_happened(quick_folder: Pat
 
     # One worker: a kill costs at most the one scan that it was encoding.
     assert num_scans - 1 <= found["encoded"] <= num_scans - 1 + num_kills
-    assert len({records for _, records in found["kills"]}) > 5  # kills met the work
+    assert len({records for _, records in found["kills"]}) > 25  # kills met the work
 
     # Memory over the last 150 scans of the undisturbed run; one scan and its features are 0.1 MiB.
     resident = found["resident_mib"]
