@@ -31,6 +31,15 @@ def _add_series(verb: Parser) -> None:
     )
 
 
+def _add_no_check_hu(verb: Parser) -> None:
+    verb.add_argument(
+        "--no-check-hu",
+        dest="check_hu",
+        action="store_false",
+        help="accept values that do not look like HU",
+    )
+
+
 def _positive(text: str) -> float:
     value = float(text)
     if not 0 < value < float("inf"):
@@ -81,12 +90,7 @@ def _add_pack(verbs: _Verbs) -> None:
         default="lz4hc",
         help="lz4hc decodes faster, zstd is smaller",
     )
-    pack.add_argument(
-        "--no-check-hu",
-        dest="check_hu",
-        action="store_false",
-        help="accept values that do not look like HU",
-    )
+    _add_no_check_hu(pack)
     pack.add_argument(
         "--policy",
         choices=POLICIES,
@@ -114,12 +118,7 @@ def _add_verify(verbs: _Verbs) -> None:
         help="accepted are: error nothing doubtful, warn doubts, repair also what can be mended",
     )
     verify.add_argument("--threads", type=int, help="scans at a time (default: one per core)")
-    verify.add_argument(
-        "--no-check-hu",
-        dest="check_hu",
-        action="store_false",
-        help="accept values that do not look like HU",
-    )
+    _add_no_check_hu(verify)
 
 
 def _add_locate(verbs: _Verbs) -> None:
@@ -407,12 +406,7 @@ def _add_embed(verbs: _Verbs) -> None:
         help="between progress lines, off a terminal, and writings of progress.json (default: 10)",
     )
     embed.add_argument("--json", action="store_true", help="print the numbers as one line of JSON")
-    embed.add_argument(
-        "--no-check-hu",
-        dest="check_hu",
-        action="store_false",
-        help="accept values that do not look like HU",
-    )
+    _add_no_check_hu(embed)
     _add_series(embed)
 
 
@@ -482,12 +476,7 @@ def _add_probe(verbs: _Verbs) -> None:
     probe.add_argument(
         "--policy", choices=POLICIES, default="error", help="what scans are read; as in pack"
     )
-    probe.add_argument(
-        "--no-check-hu",
-        dest="check_hu",
-        action="store_false",
-        help="accept values that do not look like HU",
-    )
+    _add_no_check_hu(probe)
 
 
 def _add_view(verbs: _Verbs) -> None:
@@ -529,12 +518,7 @@ def _add_view(verbs: _Verbs) -> None:
         help="of neighbouring windows, 0 to 0.9 (default: 0.5)",
     )
     view.add_argument("--device", default="cpu")
-    view.add_argument(
-        "--no-check-hu",
-        dest="check_hu",
-        action="store_false",
-        help="accept values that do not look like HU",
-    )
+    _add_no_check_hu(view)
     _add_series(view)
 
 
