@@ -415,7 +415,7 @@ def _add_probe(verbs: _Verbs) -> None:
         "probe",
         help="say what frozen features are worth on labelled scans, beside rivals",
         description="Encode every scan once with each backbone, fit the same head on each one's "
-        "features by cross-validation over patients, and print a table with 95 %% intervals and "
+        "features by cross-validation over patients, and print a table with 95 % intervals and "
         "paired differences. OUT gets report.html, probe.json and the features; run it again to go "
         "on after a stop. docs/probe.md explains every number.",
     )
