@@ -34,6 +34,7 @@ from tapct_fast.config import Config, CropConfig
 from tapct_fast.data.phantom import LABEL_NAMES, write_phantoms
 from tapct_fast.evaluation.encoders import open_encoder
 from tapct_fast.evaluation.evaluate import evaluate
+from tapct_fast.evaluation.scores import score
 from tapct_fast.io.convert import save_nifti
 from tapct_fast.io.pack import pack
 from tapct_fast.io.read import read_labels, read_volume
@@ -45,7 +46,7 @@ SOURCES = [
     "tapct_fast/recipes.py",
     "tapct_fast/data/phantom.py",
     "tapct_fast/downstream/probe.py",
-    "tapct_fast/evaluation/segmentation.py",
+    *(f"tapct_fast/evaluation/{name}.py" for name in ("encoders", "evaluate", "segmentation")),
 ]
 DEVICE: Device = "cpu"
 NAMES = PRETRAINED, UNTRAINED, INTENSITY = "pretrained here", "untrained", "intensity"
@@ -59,7 +60,6 @@ OTHERS = (  # patients to pretrain on
     "nifti/sts003_ct_f32_qform.nii.gz",
     "dicom/sts004_implicit_40slices",
 )
-NUM_RESAMPLES = 2000
 _WHICH = r"_(left|right|[CTL]?\d+)(_\d+)?$"  # of a pair or of a row
 
 Floats = NDArray[np.float64]
@@ -176,9 +176,9 @@ def _encode_ms(scans: Scans, backbone: Path, *, rounds: int) -> dict[str, list[f
 
 
 def _interval(of_K: Floats) -> list[float]:
-    pick_RK = np.random.default_rng(0).integers(of_K.size, size=(NUM_RESAMPLES, of_K.size))
-    low, high = np.percentile(of_K[pick_RK].mean(1), (2.5, 97.5))
-    return [round(float(value), 4) for value in (of_K.mean(), low, high)]
+    labels = [str(k) for k in range(of_K.size)]
+    found = score("", lambda rows: float(of_K[rows].mean()), labels, seed=0)
+    return [round(value, 4) for value in found[1:]]
 
 
 def _measure(run: Run, setting: Setting, case: str) -> None:

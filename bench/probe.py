@@ -26,8 +26,14 @@ from tapct_fast.io.nifti import write_nifti
 from tapct_fast.io.volume import Volume
 
 SOURCES = [
-    *(f"tapct_fast/downstream/{name}.py" for name in ("features", "probe", "resample")),
-    *(f"tapct_fast/evaluation/{name}.py" for name in ("evaluate", "segmentation", "surface")),
+    *(f"tapct_fast/downstream/{name}.py" for name in ("dice", "features", "probe", "resample")),
+    *(
+        f"tapct_fast/evaluation/{name}.py"
+        for name in (
+            *("cache", "evaluate", "measures", "probe_report"),
+            *("scores", "segmentation", "surface", "survey"),
+        )
+    ),
 ]
 NUM_SCANS, WIDTH = 20, 384
 MERGED = ("subcutaneous fat", "visceral fat")  # into background: ten labels are left

@@ -66,7 +66,7 @@ class FeatureCache:
     ) -> None:
         self.folder = folder
         self.num_encoded = 0  # scans times encoders, by this object
-        self._key = key
+        self.key = key
         self._reading = reading
         self._notify = notify
         self._fingerprints: dict[str, str] = {}
@@ -87,7 +87,7 @@ class FeatureCache:
         volume = self._read(scan, case)
         if isinstance(volume, Refusal):
             return volume
-        found = content_of(volume, self._key)
+        found = content_of(volume, self.key)
         write_json(record, {**known, **found._asdict()})
         return found
 
@@ -172,16 +172,23 @@ class FeatureCache:
 
     def _encode(self, encoders: Sequence[Encoder], scan: CachedScan) -> None:
         volume = self._read(scan.path, scan.case)
-        if isinstance(volume, Refusal) or content_of(volume, self._key) != scan.content:
+        if isinstance(volume, Refusal) or content_of(volume, self.key) != scan.content:
             raise InputError(f"scan {scan.position + 1} was changed during the run; run again")
         for encoder in encoders:
             path = self._place(encoder, scan.content)
             path.parent.mkdir(parents=True, exist_ok=True)
+            where = f"{encoder.name} on scan {scan.position + 1}"
             try:
-                save_features(encoder.encode(volume), path)
+                features = encoder.encode(volume)
+            except OSError as error:  # of a user's function, whose name of a file stays inside
+                raise InputError(f"{where}: it could not read a file: {error.strerror}") from error
             except TapctError as error:
                 # Left out for one encoder alone, it would not be scored on the same scans.
-                raise InputError(f"{encoder.name} on scan {scan.position + 1}: {error}") from None
+                raise InputError(f"{where}: {error}") from None
+            try:
+                save_features(features, path)
+            except TapctError as error:
+                raise InputError(f"{where}: {error}") from None
             self.num_encoded += 1
 
 

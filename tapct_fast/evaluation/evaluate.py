@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ from tapct_fast.evaluation.measures import (
 )
 from tapct_fast.evaluation.probe_report import RESULTS_FILE, table_text, write_probe_report
 from tapct_fast.evaluation.retrieval import retrieval
-from tapct_fast.evaluation.scan_probe import Head, Pooling, probe_scans_level
+from tapct_fast.evaluation.scan_probe import Head, Pooling, check_head, probe_scans_level
 from tapct_fast.evaluation.scores import Score
 from tapct_fast.evaluation.segmentation import (
     DECODERS,
@@ -202,11 +202,12 @@ def evaluate(
             or ``out`` cannot be written.
         FormatError: Too few scans can be read.
     """
-    _check_settings(task, decoder, pooling, head, folds, shots)
+    _check_settings(task, decoder, folds, shots)
     if not isinstance(dataset, Dataset):
         dataset = read_dataset(dataset)
     opened = _open_all(encoders, device, seed)
     chosen = task or _task_of(dataset)
+    head_settings = _head_settings(chosen, decoder, pooling, head)
     out = Path(out)
     home = Path(cache) if cache is not None else out / CACHE_FOLDER
     say = notify or _say_nothing
@@ -214,11 +215,11 @@ def evaluate(
         _claim(out)
         home.mkdir(parents=True, exist_ok=True)
         store = FeatureCache(home, ensure_key(home), Reading(check_hu, policy), say)
-        survey = make_survey(dataset, chosen, store, out, home)
+        survey = make_survey(dataset, chosen, store, out)
         plan = make_plan(dataset, survey, chosen, folds=folds, shots=shots, seed=seed)
         settings = {
             "task": chosen,
-            **_head_settings(chosen, decoder, pooling, head),
+            **head_settings,
             "folds": len(plan.folds) or None,
             "folds_by": "data set" if dataset.folds is not None else "patient",
             "shots": shots,
@@ -231,7 +232,7 @@ def evaluate(
             found = _compare(opened, measured, dataset, survey, plan, settings, store)
         write_probe_report(out, found)
     except OSError as error:
-        raise InputError(f"OUT cannot be written: {error.strerror}") from None
+        raise InputError(f"OUT or the cache cannot be written: {error.strerror}") from None
     return found
 
 
@@ -239,20 +240,14 @@ def _say_nothing(line: str) -> None:
     del line
 
 
-def _check_settings(
-    task: str | None, decoder: str, pooling: str, head: str | None, folds: int, shots: int | None
-) -> None:
-    if task is not None and task not in TASKS:
-        raise InputError(f"task={task!r} is not one of {', '.join(TASKS)}")
-    if decoder not in DECODERS:
-        raise InputError(f"decoder={decoder!r} is not one of {', '.join(DECODERS)}")
+def _check_settings(task: str | None, decoder: str, folds: int, shots: int | None) -> None:
+    for name, value, known in (("task", task, TASKS), ("decoder", decoder, DECODERS)):
+        if value is not None and value not in known:
+            raise InputError(f"{name}={value!r} is not one of {', '.join(known)}")
     if folds < 2:
         raise InputError(f"folds={folds} must be at least 2")
     if shots is not None and shots < 1:
         raise InputError(f"shots={shots} must be at least 1")
-    for name, value, known in (("pooling", pooling, Pooling), ("head", head, Head)):
-        if value is not None and value not in get_args(known):
-            raise InputError(f"{name}={value!r} is not one of {', '.join(get_args(known))}")
 
 
 def _open_all(specs: Sequence[Spec], device: str | torch.device, seed: int) -> list[Encoder]:
@@ -289,16 +284,19 @@ def _claim(out: Path) -> None:
 
 
 def _head_settings(task: Task, decoder: str, pooling: str, head: str | None) -> dict[str, str]:
-    if task == "segmentation":
-        return {"decoder": decoder}
-    if task == "retrieval":
+    """Return what heads depend on, refused before anything is encoded if it does not fit."""
+    if task in ("segmentation", "retrieval"):
+        if head is not None:
+            raise InputError(f"head={head!r} is for classification and regression, not for {task}")
+        if task == "segmentation":
+            return {"decoder": decoder}
+        check_head("classification", pooling, "logistic")
         if pooling == "abmil":
             raise InputError("retrieval fits nothing; abmil is for classification and regression")
         return {"pooling": pooling}
-    return {
-        "pooling": pooling,
-        "head": head or ("logistic" if task == "classification" else "ridge"),
-    }
+    chosen = head or ("logistic" if task == "classification" else "ridge")
+    check_head(task, pooling, chosen)
+    return {"pooling": pooling, "head": chosen}
 
 
 def _measure(
@@ -378,7 +376,6 @@ def _compare(
     cases, all_patients = measured[0].cases, dataset.patients
     patients, seed = [all_patients[i] for i in cases], settings["seed"]
     fold_of = {i: number for number, fold in enumerate(plan.folds, start=1) for i in fold.test}
-    key = ensure_key(store.folder)
     some = survey.scans[cases[0]]
     results = tuple(
         Result(
@@ -404,7 +401,7 @@ def _compare(
         cases=[
             {
                 "case": survey.scans[i].case,
-                "patient": patient_id(dataset.cases[i].patient, key),
+                "patient": patient_id(dataset.cases[i].patient, store.key),
                 "fold": fold_of.get(i),  # of retrieval none
             }
             for i in cases

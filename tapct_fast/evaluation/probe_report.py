@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tapct_fast.evaluation.scores import RESAMPLES, Score
+from tapct_fast.downstream.dice import NUM_RESAMPLES
+from tapct_fast.evaluation.scores import Score
 from tapct_fast.io.atomic import write_atomic, write_json
 from tapct_fast.report import (
     Interval,
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 FORMAT, VERSION = "tapct-probe", 1
 RESULTS_FILE, REPORT_FILE = "probe.json", "report.html"
-_UNIT = {"dice", "auroc", "balanced accuracy", "macro f1"}  # 0..1, drawn on that scale
+_UNIT = {"dice", "auroc", "balanced accuracy", "recall@1"}  # 0..1, drawn on that scale
 
 
 def table_text(table: Table) -> str:
@@ -197,9 +198,9 @@ def _scale(scores: Sequence[Score]) -> tuple[float, float]:
 
 
 _LIMITS = (
-    f'<ul class="limits"><li>Intervals are 95 % percentiles of {RESAMPLES:,} draws of the patients '
-    "at hand. They cover neither the draw of folds nor that of heads, nor patients of another "
-    "hospital.</li><li>Label maps and targets are taken as the truth.</li><li>Rivals get the same "
+    f'<ul class="limits"><li>Intervals are 95 % percentiles of {NUM_RESAMPLES:,} draws of the '
+    "patients at hand. They cover neither the draw of folds nor that of heads, nor patients of "
+    "another hospital.</li><li>Label maps and targets are taken as the truth.</li><li>Rivals get the same "
     "heads and budget; each gets its own preprocessing, stated in docs/probe.md, and none was "
     "tuned on these data.</li><li>Not a medical device; not for diagnosis.</li></ul>"
 )

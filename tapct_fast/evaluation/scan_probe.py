@@ -201,6 +201,28 @@ def _values(targets: NDArray[Any]) -> _Targets:
     return _Targets(targets.astype(np.float64)[:, None], ())
 
 
+def check_head(task: str, pooling: str, head: str) -> None:
+    """Refuse a head that does not fit the task or the pooling.
+
+    Raises:
+        InputError: One is unknown, or they do not go together.
+    """
+    for name, value, known in (
+        ("task", task, Task),
+        ("pooling", pooling, Pooling),
+        ("head", head, Head),
+    ):
+        if value not in get_args(known):
+            raise InputError(f"{name}={value!r} is not one of {', '.join(get_args(known))}")
+    if task == "regression" and head == "logistic":
+        raise InputError("head 'logistic' classifies; for a regression take ridge or knn")
+    if pooling == "abmil" and head != ("logistic" if task == "classification" else "ridge"):
+        raise InputError(
+            f"pooling 'abmil' trains a linear head of its own, not {head}; take head logistic for "
+            "classification and ridge for regression"
+        )
+
+
 def _check(
     bags: Sequence[Tensor],
     targets: NDArray[Any],
@@ -209,20 +231,7 @@ def _check(
     pooling: Pooling,
     head: Head,
 ) -> None:
-    for name, value, known in (
-        ("task", task, Task),
-        ("pooling", pooling, Pooling),
-        ("head", head, Head),
-    ):
-        if value not in get_args(known):
-            raise InputError(f"{name} {value!r} is not one of {', '.join(get_args(known))}")
-    if task == "regression" and head == "logistic":
-        raise InputError("head 'logistic' classifies; for a regression take ridge or knn")
-    if pooling == "abmil" and head != ("logistic" if task == "classification" else "ridge"):
-        raise InputError(
-            f"pooling 'abmil' trains a linear head of its own, not {head}; take head logistic for "
-            "classification and ridge for regression"
-        )
+    check_head(task, pooling, head)
     if targets.ndim != 1 or not len(bags) == len(targets) == len(patients) > 0:
         raise InputError(
             f"{len(bags)} bags, targets of shape {targets.shape} and {len(patients)} patients do "

@@ -12,13 +12,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from tapct_fast.downstream.dice import INTERVAL_PERCENT, NUM_RESAMPLES
 from tapct_fast.errors import InputError
 
 Floats = NDArray[np.floating[Any]]
 Classes = NDArray[np.integer[Any]]
 
-RESAMPLES = 2000
-INTERVAL_PERCENT = (2.5, 97.5)
 NAN = float("nan")
 
 
@@ -44,7 +43,7 @@ def bootstrap(
     patients: Sequence[str],
     *,
     seed: int,
-    resamples: int = RESAMPLES,
+    resamples: int = NUM_RESAMPLES,
 ) -> tuple[float, float]:
     """Draw patients with replacement and return the 2.5 and 97.5 percentiles of a statistic.
 

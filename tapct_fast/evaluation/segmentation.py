@@ -168,8 +168,8 @@ def score_segmentation(
 ) -> SegmentationScores:
     """Fit a decoder on the training scans of each fold and score it on its test scans.
 
-    Every training scan gives the same number of tokens at most, 65536 in all, drawn once and shared
-    by all folds. Features and label maps are read scan by scan: memory does not grow with them.
+    Every training scan of a fold gives the same number of tokens at most, 65536 in all. Features
+    and label maps are read scan by scan: memory does not grow with them.
 
     Args:
         features_of: Reads the features of a case.
@@ -198,9 +198,15 @@ def score_segmentation(
 
         tables = dict(zip(used, pool.map(table, used), strict=True))
 
+        def pooled(cases: Sequence[int]) -> LabelledTokens:
+            most = max(1, LINEAR_TOKENS // len(cases))
+            kept = [_drawn(tables[i], most, [seed, i]) for i in cases]
+            return LabelledTokens(
+                torch.cat([t.x_LD for t in kept]), torch.cat([t.share_LK for t in kept])
+            )
+
         def fit(cases: Sequence[int]) -> Callable[[Features], Tensor]:
-            x_ND = torch.cat([tables[i].x_LD for i in cases])
-            share_NK = torch.cat([tables[i].share_LK for i in cases])
+            x_ND, share_NK = pooled(cases)
             if decoder == "conv":
                 return fit_conv_head(x_ND, share_NK, cases, features_of, labels_of, seed=seed)
             linear = fit_linear_head(x_ND, share_NK)
@@ -218,10 +224,7 @@ def score_segmentation(
         def fit_everything() -> LinearHead | None:
             if decoder != "linear":
                 return None
-            kept = [_drawn(tables[i], max(1, LINEAR_TOKENS // len(used)), [seed, i]) for i in used]
-            return fit_linear_head(
-                torch.cat([t.x_LD for t in kept]), torch.cat([t.share_LK for t in kept])
-            )
+            return fit_linear_head(*pooled(used))
 
         everything = pool.submit(fit_everything)
         by_case = {i: row for fold in pool.map(score_fold, folds) for i, row in fold.items()}

@@ -20,7 +20,7 @@ from tapct_fast.evaluation.splits import (
     few_shot,
     patient_folds,
 )
-from tapct_fast.io.case_id import case_id, ensure_key
+from tapct_fast.io.case_id import case_id
 from tapct_fast.io.quarantine import Refusal, write_quarantine
 from tapct_fast.io.read import read_labels
 from tapct_fast.io.volume import Volume
@@ -47,7 +47,7 @@ class Survey(NamedTuple):
         return Volume(classes_ZYX, volume.spacing_mm, volume.affine)
 
 
-def make_survey(dataset: Dataset, task: Task, store: FeatureCache, out: Path, home: Path) -> Survey:
+def make_survey(dataset: Dataset, task: Task, store: FeatureCache, out: Path) -> Survey:
     """Read every scan and label map once; what cannot be read is left out for everyone.
 
     Raises:
@@ -57,10 +57,13 @@ def make_survey(dataset: Dataset, task: Task, store: FeatureCache, out: Path, ho
     """
     if dataset.folds is not None:
         check_leakage(dataset.patients, dataset.folds)
-    key = ensure_key(home)
+    key = store.key
     scans: dict[int, CachedScan] = {}
     labels: dict[int, Path] = {}
     targets: dict[int, str] = {}
+    given = list((dataset.label_names or {}).values())
+    if twice := sorted({name for name in given if given.count(name) > 1}):
+        raise InputError(f"DATASET gives the label name {twice[0]!r} twice; tell them apart")
     values: dict[int, None] = dict.fromkeys(dataset.label_names or {0: ""})
     refused: list[Refusal] = []
     digest = hashlib.blake2b(key=key, digest_size=32)

@@ -4,6 +4,7 @@ import torch
 
 from tapct_fast.evaluation import abmil
 from tapct_fast.evaluation.abmil import Attended, GatedAttention, fit_abmil
+from tapct_fast.evaluation.scores import auroc
 
 
 def mil(num: int, seed: int, *, signal: float = 6.0) -> tuple[list[torch.Tensor], np.ndarray, list]:
@@ -47,6 +48,20 @@ def test_forward_is_the_formula_whatever_the_padding() -> None:
         np.testing.assert_allclose(attention[row, : len(h)].detach(), a, rtol=1e-12)
         assert (attention[row, len(h) :] == 0).all()
         np.testing.assert_allclose(out[row].detach(), expected, rtol=1e-10)
+
+
+def test_a_shift_of_the_mean_is_found_with_fewer_scans_than_features() -> None:
+    rng = np.random.default_rng(0)
+    direction = rng.normal(size=384) / 384**0.5
+
+    def bag(target: int) -> torch.Tensor:
+        return torch.from_numpy(rng.normal(size=(6, 384)) + 1.5 * target * direction).float()
+
+    train, held_out = (np.arange(num) % 2 for num in (80, 100))
+    owners = [str(i) for i in range(80)]
+    predict = fit_abmil([bag(t) for t in train], np.eye(2)[train], np.ones(80), owners, seed=0)
+    scores = np.array([predict(bag(t)).scores_K for t in held_out])
+    assert auroc(held_out, scores) > 0.9
 
 
 def test_the_window_that_decides_gets_the_attention() -> None:

@@ -162,6 +162,11 @@ def test_the_command_line_has_the_same_tasks(
     assert main([*command, "--task", "segmentation"]) == 2
     assert "scan 1 has no label map" in capsys.readouterr().err
     assert main([*command, "--task", "regression", "--head", "logistic"]) == 2
+    assert "head 'logistic' classifies" in capsys.readouterr().err
+
+
+def never(volume: Volume) -> Features:
+    raise AssertionError(f"{volume.hu_ZYX.shape} was encoded")
 
 
 @pytest.mark.parametrize(
@@ -169,10 +174,30 @@ def test_the_command_line_has_the_same_tasks(
     [
         ({"pooling": "median"}, "pooling='median' is not one of"),
         ({"head": "svm"}, "head='svm' is not one of"),
+        ({"task": "regression", "head": "logistic"}, "head 'logistic' classifies"),
+        ({"pooling": "abmil", "head": "knn"}, "pooling 'abmil' trains a linear head of its own"),
+        ({"task": "retrieval", "head": "knn"}, "head='knn' is for classification and regression"),
+        ({"task": "segmentation", "head": "knn"}, "head='knn' is for classification and"),
+        ({"task": "retrieval", "pooling": "abmil"}, "retrieval fits nothing"),
+        ({"task": "retrieval", "pooling": "median"}, "pooling='median' is not one of"),
     ],
 )
-def test_unknown_heads_are_refused(
+def test_heads_that_do_not_fit_are_refused_before_a_scan_is_encoded(
     table: Path, tmp_path: Path, options: dict[str, str], message: str
 ) -> None:
     with pytest.raises(InputError, match=message):
-        evaluate(table, [density], out=tmp_path, **options)  # type: ignore[arg-type]
+        evaluate(table, [never], out=tmp_path, **options)  # type: ignore[arg-type]
+
+
+def test_a_file_that_a_function_misses_is_not_blamed_on_the_output(
+    table: Path, tmp_path: Path
+) -> None:
+    def without_weights(volume: Volume) -> Features:
+        del volume
+        Path(f"{CANARY}.safetensors").read_bytes()
+        raise AssertionError
+
+    message = "without_weights on scan 1: it could not read a file: No such file or directory"
+    with pytest.raises(InputError, match=message) as raised:
+        evaluate(table, [without_weights], out=tmp_path, task="classification")
+    assert CANARY not in str(raised.value)

@@ -183,8 +183,8 @@ def test_what_does_not_fit_is_refused() -> None:
     one = tuple(i for i in fold.train if targets[i] == 0)
     for arguments, setting, message in (
         ((bags, targets[1:], patients), {}, "one of each"),
-        ((bags, targets, patients), {"task": "ranking"}, "task 'ranking'"),
-        ((bags, targets, patients), {"pooling": "median"}, "pooling 'median'"),
+        ((bags, targets, patients), {"task": "ranking"}, "task='ranking'"),
+        ((bags, targets, patients), {"pooling": "median"}, "pooling='median'"),
         ((bags, targets, patients), {"task": "regression"}, "take ridge or knn"),
         ((bags, targets, patients), {"pooling": "abmil", "head": "knn"}, "of its own"),
         ((broken, targets, patients), {}, "bag 5 holds"),

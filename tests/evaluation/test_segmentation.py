@@ -143,6 +143,23 @@ def test_each_scan_gives_its_share_of_the_tokens(monkeypatch: pytest.MonkeyPatch
     np.testing.assert_array_equal(scores.dice_SK, scored("linear").dice_SK)
 
 
+def test_folds_of_unequal_size_hold_to_the_bound_of_tokens(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(segmentation, "LINEAR_TOKENS", 400)
+    rows: list[int] = []
+    fit = segmentation.fit_linear_head
+
+    def counted(x_ND: torch.Tensor, share_NK: torch.Tensor) -> object:
+        rows.append(len(x_ND))
+        return fit(x_ND, share_NK)
+
+    monkeypatch.setattr(segmentation, "fit_linear_head", counted)
+    folds = [Fold((0,), (1, 2, 3, 4)), Fold((1, 2, 3, 4, 5), (0,))]
+    score_segmentation(lambda i: SCANS[i][0], lambda i: SCANS[i][1], folds, num_classes=NUM_CLASSES)
+    assert sorted(rows) == [288, 6 * 66, 5 * 80]  # one scan has 288 tokens
+
+
 def test_a_wrong_label_map_is_named_by_its_position() -> None:
     labels = SCANS[2][1]
     far = labels.affine.copy()
