@@ -200,7 +200,7 @@ def _scale(scores: Sequence[Score]) -> tuple[float, float]:
 _LIMITS = (
     f'<ul class="limits"><li>Intervals are 95 % percentiles of {NUM_RESAMPLES:,} draws of the '
     "patients at hand. They cover neither the draw of folds nor that of heads, nor patients of "
-    "another hospital.</li><li>Label maps and targets are taken as the truth.</li><li>Rivals get the same "
-    "heads and budget; each gets its own preprocessing, stated in docs/probe.md, and none was "
-    "tuned on these data.</li><li>Not a medical device; not for diagnosis.</li></ul>"
+    "another hospital.</li><li>Label maps and targets are taken as the truth.</li><li>Rivals get "
+    "the same heads and budget; each gets its own preprocessing, stated in docs/probe.md, and none "
+    "was tuned on these data.</li><li>Not a medical device; not for diagnosis.</li></ul>"
 )
