@@ -196,7 +196,7 @@ def _read(job: Job, item: Item, reading: Reading) -> _Found:
     try:
         volume = read_volume(item.scan, series=job.series, check_hu=job.check_hu)
     except (FormatError, InputError) as error:
-        system = error.__context__  # what the reader met, if it was the system
+        system = error.__cause__ or error.__context__  # what the reader met, if it was the system
         if isinstance(system, OSError) and system.errno in _PASSING_ERRORS:
             raise system from None
         if isinstance(error, FormatError):

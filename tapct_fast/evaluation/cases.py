@@ -7,6 +7,7 @@ their position from 1, columns and keys by theirs, and outputs name both by keye
 import csv
 import hashlib
 import io
+import os
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -129,12 +130,12 @@ def _json(path: Path) -> dict[str, Any]:
 def _check_files(dataset: Dataset) -> None:
     if not dataset.cases:
         raise InputError("DATASET holds no labelled scans")
-    first: dict[Path, int] = {}
+    first: dict[str, int] = {}
     for number, case in enumerate(dataset.cases, start=1):
         for path, what in ((case.scan, "scan"), (case.labels, "label map of scan")):
             if path is not None and not path.exists():
                 raise InputError(f"{what} {number} does not exist; check its path in DATASET")
-        other = first.setdefault(case.scan.resolve(), number)
+        other = first.setdefault(os.path.realpath(case.scan), number)
         if other != number:
             raise InputError(f"scans {other} and {number} are one file; list it once")
 
@@ -288,7 +289,8 @@ def _item(item: Any, where: str) -> dict[str, Any]:
 
 def _inside(folder: Path, name: str, number: int) -> Path:
     path = folder / name
-    if Path(name).is_absolute() or not path.resolve().is_relative_to(folder.resolve()):
+    place, home = Path(os.path.realpath(path)), os.path.realpath(folder)
+    if Path(name).is_absolute() or not place.is_relative_to(home):
         raise InputError(
             f"scan {number}: a path leaves the folder of the JSON; copy the files into it, or "
             "list them in a .csv"

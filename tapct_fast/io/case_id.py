@@ -16,7 +16,8 @@ KEY_BYTES = 32
 
 def case_id(scan: Path, key: bytes, series: str | None = None) -> str:
     """Return the id of a scan, or of one series in its folder: ``case-`` and 16 hex digits."""
-    name = os.fsencode(scan.resolve())
+    # Not Path.resolve, which raises for a link to itself, with the path in its message.
+    name = os.fsencode(os.path.realpath(scan))
     if series is not None:
         name += b"\0" + series.encode()  # no path holds a zero byte
     return "case-" + hashlib.blake2b(name, key=key, digest_size=8).hexdigest()

@@ -214,7 +214,7 @@ def iter_scans(paths: Sequence[Path]) -> Iterator[Path]:
         is_empty = True
         for scan in _search(path) if path.is_dir() else [path]:
             is_empty = False
-            place = hashlib.blake2b(os.fsencode(scan.resolve()), digest_size=16).digest()
+            place = hashlib.blake2b(os.fsencode(os.path.realpath(scan)), digest_size=16).digest()
             if place not in seen:
                 seen.add(place)
                 yield scan
@@ -229,11 +229,11 @@ def _search(folder: Path) -> Iterator[Path]:
     """Yield scans below a folder in name order, following links but visiting no folder twice."""
     visited = set()
     for name, subfolders, files in os.walk(folder, followlinks=True):
-        here = Path(name)
-        if here.resolve() in visited:
+        here, place = Path(name), os.path.realpath(name)
+        if place in visited:
             subfolders.clear()
             continue
-        visited.add(here.resolve())
+        visited.add(place)
         subfolders[:] = sorted(entry for entry in subfolders if not entry.startswith("."))
         shown = [here / entry for entry in sorted(files) if not entry.startswith(".")]
         if any(_looks_like_dicom(path) for path in shown):

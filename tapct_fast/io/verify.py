@@ -197,7 +197,7 @@ def _signature(scan: Path, key: bytes, policy: Policy, check_hu: bool) -> str:
     """Return a keyed hash that changes when a file of the source or a setting does."""
     digest = hashlib.blake2b(key=key, digest_size=16)
     digest.update(f"{VERIFY_VERSION} {policy} {check_hu}\0".encode())
-    digest.update(os.fsencode(scan.resolve()))
+    digest.update(os.fsencode(os.path.realpath(scan)))
     for path in _files_of(scan):
         status = path.stat()
         digest.update(b"\0" + os.fsencode(path.name))

@@ -22,7 +22,7 @@ from tapct_fast.backbone.backbone import Backbone
 from tapct_fast.downstream import archive
 from tapct_fast.downstream.embed import EmbedReport, embed_scans
 from tapct_fast.downstream.features import load_features
-from tapct_fast.errors import InputError
+from tapct_fast.errors import FormatError, InputError
 from tapct_fast.io.nifti import write_nifti
 from tapct_fast.io.pack import locate
 from tapct_fast.io.read import read_volume
@@ -288,6 +288,36 @@ def test_a_server_that_fails_is_asked_three_times(
     assert left == []
     assert "doe" not in (out / "quarantine.jsonl").read_text()
     assert embed_scans(backbone, scans, out).quarantined == 0
+
+
+def test_a_server_that_fails_while_a_slice_is_opened_is_asked_again(
+    backbone: Backbone, scans: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = [errno.ESTALE] * 2
+
+    def failing(scan: Path, **options: object) -> object:
+        if scan == scans[1] and left:
+            code = left.pop()
+            cannot = FormatError("file", "file 3 cannot be opened: stale", "input")
+            raise cannot from OSError(code, os.strerror(code))
+        return read_volume(scan, **options)
+
+    monkeypatch.setattr(archive, "read_volume", failing)
+    monkeypatch.setattr(archive, "PAUSES_S", (0.01, 0.01))
+    assert embed_scans(backbone, scans, tmp_path / "features") == EmbedReport(3, 0, 0)
+    assert left == []
+
+
+def test_a_link_to_itself_is_a_refusal_like_any_other(
+    backbone: Backbone, scans: list[Path], tmp_path: Path
+) -> None:
+    (scans[0].parent / "doe_jane_loop.nii").symlink_to("doe_jane_loop.nii")
+    out = tmp_path / "features"
+    assert embed_scans(backbone, [scans[0].parent], out) == EmbedReport(3, 0, 1)
+    (refused,) = map(json.loads, (out / "quarantine.jsonl").read_text().splitlines())
+    assert refused["code"] == "input"
+    assert "symbolic links" in refused["reason"]
+    assert "doe" not in json.dumps(refused)
 
 
 @pytest.mark.parametrize("place", ["read_volume", "embed_volume"])

@@ -201,9 +201,10 @@ class _Parser:
     ) -> DicomFile | None:
         """Return the file, or None for a bystander."""
         if scan.os_error:
+            cause = OSError(scan.os_error, os.strerror(scan.os_error))
             raise FormatError(
-                "file", f"{place} cannot be opened: {os.strerror(scan.os_error)}", "integrity"
-            )
+                "file", f"{place} cannot be opened: {cause.strerror}", "input"
+            ) from cause
         if scan.field:
             code = scan.code or ("integrity" if scan.field == "file" else "header")
             raise FormatError(scan.field, f"{place} {scan.reason}", code)
