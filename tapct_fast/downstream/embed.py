@@ -151,7 +151,7 @@ def _embed_scans(
     every_s: float,
 ) -> EmbedReport:
     key = ensure_key(job.out)
-    # An id and a path of bytes per scan, about 200 bytes; paths as objects take five times that.
+    # Paths as bytes: they and the ids are all that grows with the archive.
     ids = [case_id(Path(os.fsdecode(place)), key, job.series) for place in places]
     items = (Item(case, Path(os.fsdecode(place))) for case, place in zip(ids, places, strict=True))
     about = {

@@ -2,7 +2,7 @@
 
 All three are functions of the records of the folder and the order of the scans: no time of day, no
 order of finishing. A call that was killed any number of times ends with the same bytes. They are
-written row by row, so memory does not grow with the archive.
+written row by row: of the archive only ids are held.
 """
 
 import json

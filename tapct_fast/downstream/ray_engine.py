@@ -21,6 +21,7 @@ import torch
 
 from tapct_fast.backbone.backbone import Backbone
 from tapct_fast.downstream.archive import Done, Item, Job, embed_items
+from tapct_fast.downstream.read_ahead import MOST_STALLED, stalled_text
 from tapct_fast.downstream.records import CASES, REFUSED
 from tapct_fast.errors import InputError, StoppedError, TapctError
 
@@ -124,8 +125,9 @@ def _num_workers(resources: dict[str, float], cluster: RayCluster) -> int:
     there = int(resources.get(kind, 0))
     workers = cluster.workers or there
     if workers < 1 or workers > there:
+        way_out = "give fewer" if there else "give another --ray-address or --device"
         raise InputError(
-            f"{max(workers, 1)} workers on a Ray cluster with {there} {kind}s; give fewer"
+            f"{max(workers, 1)} workers on a Ray cluster with {there} {kind}s; {way_out}"
         )
     return workers
 
@@ -186,6 +188,7 @@ class _Worker:
         torch.set_num_threads(threads)
         self._backbone: Backbone = ray.get(ref).to(device)
         self._job = job._replace(memory_bytes=max(1, job.memory_bytes // workers))
+        self._num_late = 0  # reads in a row that did not end
 
     def __call__(self, batch: Any) -> Any:
         import pyarrow
@@ -198,6 +201,10 @@ class _Worker:
             error = str(stopped)
         except OSError as failed:  # Ray would log the path in it
             error = f"the output folder cannot be written by a worker: {failed.strerror}"
+        for row in rows:  # a task has too few scans for ``ReadAhead`` to tell that storage is gone
+            self._num_late = self._num_late + 1 if row["code"] == "timeout" else 0
+        if self._num_late > MOST_STALLED:
+            error = stalled_text(self._num_late, self._job.timeout_s)
         if error:
             rows = [Done("", "skipped")._asdict()]
         return pyarrow.Table.from_pylist([{**row, "error": error} for row in rows])

@@ -19,6 +19,14 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
+def stalled_text(num_reads: int, timeout_s: float) -> str:
+    """Return what is told where so many reads never ended that the storage must be gone."""
+    return (
+        f"{num_reads} reads did not end within {timeout_s:g} s each; when the storage answers "
+        "again, the same command goes on"
+    )
+
+
 class _GivenUp(Exception):
     """Nobody waits for this read any more."""
 
@@ -51,7 +59,6 @@ class Reading:
             self.began = time.monotonic()
             self.num_bytes = num_bytes
             room.held += num_bytes
-            room.most_held = max(room.most_held, room.held)
 
 
 class _Room:
@@ -61,7 +68,6 @@ class _Room:
         self.changed = threading.Condition()
         self.budget = budget_bytes
         self.held = 0
-        self.most_held = 0
         self.is_closed = False
 
     def release(self, reading: Reading) -> None:
@@ -111,11 +117,6 @@ class ReadAhead(Generic[Item, Result]):
         for _ in range(threads):
             self._start()
 
-    @property
-    def most_held_bytes(self) -> int:
-        """The most of the budget that was in use at a time."""
-        return self._room.most_held
-
     def __enter__(self) -> "ReadAhead[Item, Result]":
         return self
 
@@ -163,10 +164,7 @@ class ReadAhead(Generic[Item, Result]):
             self._room.release(reading)
             self._num_stalled += 1
             if self._num_stalled > MOST_STALLED:
-                raise StoppedError(
-                    f"{self._num_stalled} reads did not end within {self._timeout_s:g} s each; "
-                    "when the storage answers again, the same command goes on"
-                )
+                raise StoppedError(stalled_text(self._num_stalled, self._timeout_s))
             self._ready.append((reading, item, self._late(item)))
             self._start()
 

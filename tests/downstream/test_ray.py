@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 
 from tapct_fast.backbone.backbone import Backbone
+from tapct_fast.downstream import ray_engine
+from tapct_fast.downstream.archive import Done, Item, Job
 from tapct_fast.downstream.embed import embed_scans
 from tapct_fast.downstream.ray_engine import RayCluster
 from tapct_fast.errors import InputError
@@ -33,6 +35,27 @@ def folder() -> Iterator[Path]:
     """A short path: Ray's sockets lie in it."""
     with tempfile.TemporaryDirectory(prefix="tapct") as name:
         yield Path(name)
+
+
+def test_a_worker_stops_where_no_read_ends(
+    backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sixteen reads that never ended are refused scans, one more is storage that has gone."""
+    import pyarrow
+    import ray
+
+    def stalled(_: object, __: object, items: list[Item]) -> Iterator[Done]:
+        yield from (Done(item.case, "quarantined", "timeout") for item in items)
+
+    job = Job(tmp_path, "", "safetensors", 0.5, 1, None, True, 7.0, 1, 1)
+    monkeypatch.setattr(ray, "get", lambda ref: ref)
+    monkeypatch.setattr(ray_engine, "embed_items", stalled)
+    worker = ray_engine._Worker(backbone, job, "cpu", 1, 1)
+    batch = pyarrow.table({"case": ["case-1"] * 8, "place": [b"/scan"] * 8})
+    errors = [worker(batch).column("error").to_pylist() for _ in range(3)]
+    assert errors[:2] == [[""] * 8] * 2
+    (error,) = errors[2]
+    assert error.startswith("24 reads did not end within 7 s each")
 
 
 def processes_of(session: Path) -> list[int]:
