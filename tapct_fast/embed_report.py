@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from tapct_fast.downstream.embed import SETTINGS_FILE
 from tapct_fast.downstream.manifest import MANIFEST_FILE, require_pyarrow
 from tapct_fast.downstream.progress import PROGRESS_FILE
-from tapct_fast.errors import InputError
+from tapct_fast.errors import FormatError, InputError
 from tapct_fast.io.atomic import read_json, sha256_file, write_atomic
 from tapct_fast.io.quarantine import QUARANTINE_FILE
 from tapct_fast.reasons import reasons_html
@@ -63,6 +63,8 @@ def render_embed_report(out: Path) -> str:
     if not is_embedded(out):
         raise InputError("DIR holds no features (no progress.json); name an output folder of embed")
     sums = read_json(out / PROGRESS_FILE, "embed progress")
+    if not isinstance(sums, dict):
+        raise FormatError("embed progress", "progress.json is damaged; embed again")
     geometry = _geometry(out / MANIFEST_FILE)
     sections = [
         (
@@ -122,6 +124,13 @@ def _geometry(manifest: Path) -> Geometry | None:
     """Read the columns of the embedded scans, a row group at a time; None without a manifest."""
     if not manifest.exists():
         return None
+    try:
+        return _columns(manifest)
+    except (ValueError, KeyError):  # pyarrow's are both
+        raise FormatError("embed manifest", "manifest.parquet is damaged; embed again") from None
+
+
+def _columns(manifest: Path) -> Geometry | None:
     parquet = require_pyarrow()
     names = ["status", "spacing_mm", "grid_zyx", "num_windows", "bytes"]
     parts = []
@@ -184,7 +193,10 @@ def _speed(sums: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [
         ("time of the last call", f"{sums.get('seconds', 0):,.1f} s"),
         ("scans per second", f"{sums.get('scans_per_s', 0):.4g}, those there before left out"),
-        ("workers", f"{sums.get('workers', 1)}, engine {sums.get('engine', 'local')}"),
+        (
+            "workers",
+            f"{sums.get('workers') or 'one per GPU or core'}, engine {sums.get('engine', 'local')}",
+        ),
     ]
 
 

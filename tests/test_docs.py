@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tapct_fast import recipes
+from tapct_fast import cli, recipes
 from tapct_fast.parser import build_parser
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -87,6 +87,10 @@ def commands(text: str) -> Iterator[list[str]]:
 def verbs(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
     (choices,) = (a.choices for a in parser._actions if isinstance(a.choices, dict))
     return choices
+
+
+def test_every_verb_has_words_and_a_function() -> None:
+    assert set(verbs(build_parser())) == set(cli._VERBS)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)

@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 
 from tapct_fast.demo_report import Report, Score, render_report, write_report
+from tapct_fast.io.findings import CODES
+from tapct_fast.reasons import MEANINGS
 from tapct_fast.report import (
     MAX_POINTS,
     Curve,
@@ -303,3 +305,7 @@ def test_the_environment_says_what_ran_and_nothing_of_who_and_where() -> None:
     assert socket.gethostname() not in text
     assert Path.home().as_posix() not in text
     assert not re.search(r"(^|\s)/\w", text)
+
+
+def test_every_code_of_a_refusal_has_its_words() -> None:
+    assert set(MEANINGS) == set(CODES)
