@@ -4,7 +4,7 @@ The folder::
 
     cases/<id>.safetensors, .json   features of a scan (or <id>.zarr), and their record
     refused/<id>.json               why a scan has no features
-    manifest.parquet, index.json    the scans of the last finished call, in input order
+    manifest.parquet                the scans of the last finished call, in input order
     quarantine.jsonl                every refusal, with field, reason and code
     settings.json                   what the features depend on
     progress.json                   numbers of the running or last call
@@ -27,7 +27,7 @@ from tapct_fast.backbone.backbone import Backbone
 from tapct_fast.downstream.archive import Done, Item, Job, embed_items
 from tapct_fast.downstream.encode import free_host_bytes, steady_batch_size
 from tapct_fast.downstream.features import SUFFIXES
-from tapct_fast.downstream.manifest import INDEX_FILE, require_pyarrow, write_lists
+from tapct_fast.downstream.manifest import require_pyarrow, write_lists
 from tapct_fast.downstream.progress import Progress
 from tapct_fast.downstream.ray_engine import RayCluster, embed_on_ray
 from tapct_fast.downstream.records import CASES, REFUSED, FeatureFormat
@@ -36,8 +36,6 @@ from tapct_fast.errors import InputError
 from tapct_fast.io.atomic import read_json, write_json
 from tapct_fast.io.case_id import case_id, ensure_key
 from tapct_fast.io.read import iter_scans
-
-__all__ = ["INDEX_FILE", "EmbedReport", "embed_scans"]
 
 SETTINGS_FILE = "settings.json"
 _MOST_READERS = 4  # of scans that are read at a time for a GPU

@@ -1,23 +1,21 @@
-"""What a finished call writes about all its scans: manifest, index and list of refusals.
+"""What a finished call writes about all its scans: manifest and list of refusals.
 
-All three are functions of the records of the folder and the order of the scans: no time of day, no
+Both are functions of the records of the folder and the order of the scans: no time of day, no
 order of finishing. A call that was killed any number of times ends with the same bytes. They are
 written row by row: of the archive only ids are held.
 """
 
 import json
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from types import ModuleType
-from typing import IO, Any
+from typing import Any
 
-from tapct_fast.downstream.features import FORMAT, VERSION
 from tapct_fast.downstream.records import CASES, Records, refused_cases
 from tapct_fast.errors import FormatError, InputError
 from tapct_fast.io.atomic import atomic_file
 from tapct_fast.io.quarantine import QUARANTINE_FILE
 
-INDEX_FILE, MANIFEST_FILE = "index.json", "manifest.parquet"
+MANIFEST_FILE = "manifest.parquet"
 ROW_GROUP = 8192  # rows that are held at a time
 
 
@@ -38,7 +36,7 @@ def require_pyarrow() -> ModuleType:
 
 
 def write_lists(records: Records, cases: Sequence[str], backbone: str) -> None:
-    """Write manifest, index and list of refusals of these scans, in this order.
+    """Write manifest and list of refusals of these scans, in this order.
 
     The list of refusals also keeps those of scans that earlier calls named, behind the others.
 
@@ -49,29 +47,15 @@ def write_lists(records: Records, cases: Sequence[str], backbone: str) -> None:
     first = [case for case in cases if case in bad]
     others = sorted(bad.difference(first))
 
-    def write_refusals(file: IO[str]) -> None:
+    with (
+        atomic_file(records.out / QUARANTINE_FILE) as temporary,
+        temporary.open("w", encoding="ascii") as file,
+    ):
         for case in (*first, *others):
             refusal = records.refusal(case)
             if refusal is not None:
                 file.write(json.dumps(refusal._asdict()) + "\n")
-
-    _write_text(records.out / QUARANTINE_FILE, write_refusals)
-    _write_text(records.out / INDEX_FILE, lambda file: _write_index(file, cases, bad))
     _write_manifest(records, cases, bad, backbone)
-
-
-def _write_index(file: IO[str], cases: Sequence[str], bad: set[str]) -> None:
-    head = json.dumps({"format": FORMAT, "version": VERSION})
-    file.write(head.removesuffix("}") + ', "cases": [')
-    for number, case in enumerate(cases):
-        row = json.dumps({"case": case, "is_quarantined": case in bad})
-        file.write(("\n" if number == 0 else ",\n") + row)
-    file.write("\n]}\n")
-
-
-def _write_text(path: Path, write: Callable[[IO[str]], None]) -> None:
-    with atomic_file(path) as temporary, temporary.open("w", encoding="ascii") as file:
-        write(file)
 
 
 def _write_manifest(records: Records, cases: Sequence[str], bad: set[str], backbone: str) -> None:

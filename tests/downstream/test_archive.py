@@ -446,7 +446,7 @@ def test_progress_is_told_in_lines_and_in_a_file_without_paths(
     assert "doe" not in json.dumps(sums) + "".join(lines)
 
 
-def test_the_index_tells_the_scans_apart_in_input_order(
+def test_the_manifest_tells_the_scans_apart_in_input_order(
     backbone: Backbone, scans: list[Path], tmp_path: Path
 ) -> None:
     copy = scans[0].with_name("doe_jane_9.nii.gz")
@@ -454,11 +454,10 @@ def test_the_index_tells_the_scans_apart_in_input_order(
     scans[1].write_bytes(b"no scan")
     out = tmp_path / "features"
     assert embed_scans(backbone, [*scans, copy], out) == EmbedReport(3, 0, 1)
-    index = json.loads((out / "index.json").read_text())["cases"]
-    assert [row["is_quarantined"] for row in index] == [False, True, False, False]
+    rows = rows_of(out)
+    assert [row["status"] == "embedded" for row in rows] == [True, False, True, True]
     first, third, fourth = (
-        load_features(out / "cases" / f"{index[i]['case']}.safetensors").patches_ZYXC
-        for i in (0, 2, 3)
+        load_features(out / str(row["file"])).patches_ZYXC for row in (rows[0], *rows[2:])
     )
     assert torch.equal(first, fourth)
     assert not torch.equal(first, third)

@@ -20,6 +20,8 @@ from tapct_fast.io.pack import locate
 from tapct_fast.io.read import read_volume
 from tapct_fast.io.volume import Volume
 
+pq = pytest.importorskip("pyarrow.parquet", reason="the manifest is Parquet: needs pyarrow")
+
 
 def make_volume(
     shape_zyx: tuple[int, int, int],
@@ -226,13 +228,13 @@ def test_a_folder_of_features_is_resumed_and_names_nobody(
     assert embed_scans(backbone, scans[:1], out) == EmbedReport(1, 0, 0)
     (first,) = (out / "cases").glob("*.safetensors")
     written_at = first.stat().st_mtime_ns
-    # Listed out of order: the index follows the call.
+    # Listed out of order: the manifest follows the call.
     order = [scans[2], scans[1], scans[0]]
     assert embed_scans(backbone, order, out) == EmbedReport(1, 1, 1)
     assert first.stat().st_mtime_ns == written_at
 
-    cases = json.loads((out / "index.json").read_text())["cases"]
-    assert [row["is_quarantined"] for row in cases] == [False, True, False]
+    cases = pq.read_table(out / "manifest.parquet").to_pylist()
+    assert [row["status"] for row in cases] == ["embedded", "quarantined", "embedded"]
     assert [locate(out, row["case"], scans) for row in cases] == order
     (refused,) = map(json.loads, (out / "quarantine.jsonl").read_text().splitlines())
     assert refused["case"] == cases[1]["case"]
