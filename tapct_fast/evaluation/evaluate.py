@@ -346,7 +346,7 @@ def _measure_scans(
         if task == "retrieval":
             vectors_SD = torch.stack([pool_bag(bag).pooled(settings["pooling"]) for bag in bags])
             classes_S = np.array([int(plan.targets[case]) for case in cases])
-            return of_retrieval(retrieval(vectors_SD, classes_S, patients, seed=seed), cases)
+            return of_retrieval(retrieval(vectors_SD, classes_S, patients), cases)
         is_class = task == "classification"
         targets_S = np.array([plan.targets[case] for case in cases])
         found = probe_scans_level(

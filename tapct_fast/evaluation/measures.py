@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tapct_fast.evaluation.retrieval import RetrievalScores
-from tapct_fast.evaluation.scan_probe import ScanScores
+from tapct_fast.evaluation.retrieval import MEASURES, RetrievalScores
+from tapct_fast.evaluation.scan_probe import ScanPredictions
 from tapct_fast.evaluation.scores import Score, auroc, balanced_accuracy, mae, r2, score, spearman
 from tapct_fast.evaluation.segmentation import TOLERANCE_MM, SegmentationScores
 
@@ -80,7 +80,9 @@ def of_segmentation(found: SegmentationScores, label_names: Sequence[str]) -> Me
     return Measured(found.cases, statistics, rows)
 
 
-def of_classes(found: ScanScores, class_of: Mapping[int, int], cases: Sequence[int]) -> Measured:
+def of_classes(
+    found: ScanPredictions, class_of: Mapping[int, int], cases: Sequence[int]
+) -> Measured:
     """Return AUROC and balanced accuracy of held-out scans.
 
     Args:
@@ -103,7 +105,9 @@ def of_classes(found: ScanScores, class_of: Mapping[int, int], cases: Sequence[i
     return Measured(held, statistics, rows, dict(zip(statistics, found.chance, strict=True)))
 
 
-def of_values(found: ScanScores, value_of: Mapping[int, float], cases: Sequence[int]) -> Measured:
+def of_values(
+    found: ScanPredictions, value_of: Mapping[int, float], cases: Sequence[int]
+) -> Measured:
     """Return R2, mean absolute error and rank correlation of held-out scans; see ``of_classes``."""
     held = tuple(cases[i] for i in found.scans)
     truth_S = np.array([value_of[i] for i in held])
@@ -122,16 +126,15 @@ def of_values(found: ScanScores, value_of: Mapping[int, float], cases: Sequence[
 
 def of_retrieval(found: RetrievalScores, cases: Sequence[int]) -> Measured:
     """Return recall and mean average precision of the scans that have something to find."""
-    names = [score.name for score in found.scores]
     values_QM = np.asarray(found.values_QM, dtype=np.float64)
 
     def mean_of(column: int) -> Statistic:
         return lambda rows: float(values_QM[rows, column].mean())
 
-    statistics = {name: mean_of(column) for column, name in enumerate(names)}
-    rows = [dict(zip(names, map(float, row), strict=True)) for row in values_QM]
+    statistics = {name: mean_of(column) for column, name in enumerate(MEASURES)}
+    rows = [dict(zip(MEASURES, map(float, row), strict=True)) for row in values_QM]
     held = tuple(cases[i] for i in found.queries)
-    return Measured(held, statistics, rows, dict(zip(names, found.chance, strict=True)))
+    return Measured(held, statistics, rows, dict(zip(MEASURES, found.chance, strict=True)))
 
 
 def _mean_over_labels(values_SK: Floats) -> Statistic:

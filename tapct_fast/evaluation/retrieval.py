@@ -12,24 +12,23 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tapct_fast.errors import InputError
-from tapct_fast.evaluation.scores import Score, score
 
 Bools = NDArray[np.bool_]
 
 RANKS = (1, 5, 10)
+MEASURES = (*(f"recall@{k}" for k in RANKS), "map")
 
 
 class RetrievalScores(NamedTuple):
-    """Means over the queries that have something to find."""
+    """What the queries that have something to find did find."""
 
-    scores: tuple[Score, ...]  # recall@1, recall@5, recall@10, map
-    chance: tuple[float, ...]  # per score, the expectation of a random order
+    chance: tuple[float, ...]  # per measure, the expectation of a random order
     queries: tuple[int, ...]  # scans of a class that another patient has too
-    values_QM: NDArray[np.float64]  # per query and score, whose mean over queries is the score
+    values_QM: NDArray[np.float64]  # whose means over queries are the scores
 
 
 def retrieval(
-    vectors_SD: Tensor, targets: NDArray[Any], patients: Sequence[str], *, seed: int
+    vectors_SD: Tensor, targets: NDArray[Any], patients: Sequence[str]
 ) -> RetrievalScores:
     """Rank the scans of all other patients by cosine similarity to each scan.
 
@@ -41,7 +40,6 @@ def retrieval(
         vectors_SD: One pooled vector per scan.
         targets: One class per scan, of any type.
         patients: One per scan.
-        seed: Draws the patients of the bootstrap.
 
     Raises:
         InputError: Arguments do not fit each other, or no class is shared by two patients.
@@ -73,17 +71,13 @@ def retrieval(
         expected.append(_expectation(len(is_right_C), int(is_right_C.sum())))
     if not queries:
         raise InputError("retrieval: no class is shared by scans of two patients")
-    table, owners = np.array(values), [patients[i] for i in queries]
-    names = [*(f"recall@{k}" for k in RANKS), "map"]
-    scores = tuple(
-        score(name, lambda rows, of=column: float(of[rows].mean()), owners, seed=seed)  # type: ignore[misc]
-        for name, column in zip(names, table.T, strict=True)
+    return RetrievalScores(
+        tuple(np.mean(expected, axis=0).tolist()), tuple(queries), np.array(values)
     )
-    return RetrievalScores(scores, tuple(np.mean(expected, axis=0).tolist()), tuple(queries), table)
 
 
 def _measures(is_right_C: Bools) -> list[float]:
-    """Return recall at each of ``RANKS`` and average precision of one order."""
+    """Return the ``MEASURES`` of one order."""
     place = np.flatnonzero(is_right_C)
     precision = np.arange(1, len(place) + 1) / (place + 1)
     return [*(float(place[0] < k) for k in RANKS), float(precision.mean())]

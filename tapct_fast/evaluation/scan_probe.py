@@ -16,15 +16,6 @@ from tapct_fast.downstream.encode import pool_bag
 from tapct_fast.errors import InputError
 from tapct_fast.evaluation.abmil import fit_abmil
 from tapct_fast.evaluation.heads import Floats, Training, fit_knn, fit_logistic, fit_ridge
-from tapct_fast.evaluation.scores import (
-    Score,
-    auroc,
-    balanced_accuracy,
-    mae,
-    r2,
-    score,
-    spearman,
-)
 from tapct_fast.evaluation.splits import Fold, check_leakage
 
 Task = Literal["classification", "regression"]
@@ -33,12 +24,10 @@ Head = Literal["logistic", "ridge", "knn"]
 Rows = NDArray[np.intp]
 
 
-class ScanScores(NamedTuple):
-    """Scores over all held-out scans, and what they were made of."""
+class ScanPredictions(NamedTuple):
+    """What heads say about scans they were not fitted on."""
 
-    scores: tuple[Score, ...]  # auroc and balanced accuracy; or r2, mae and spearman
-    chance: tuple[float, ...]  # per score, of a head that knows nothing of the scan
-    fold_scores: tuple[tuple[float, ...], ...]  # per fold and score; NaN where not defined
+    chance: tuple[float, ...]  # auroc, balanced accuracy (or r2, mae, spearman) of no features
     scans: tuple[int, ...]  # that were held out, ascending
     predictions_MK: Floats  # per held-out scan: a score per class, or one value
     classes: tuple[str, ...]  # columns of the predictions; none for regression
@@ -65,13 +54,11 @@ def probe_scans_level(
     head: Head,
     folds: Sequence[Fold],
     seed: int,
-) -> ScanScores:
-    """Fit a head on the training scans of each fold, and score what it says about the others.
+) -> ScanPredictions:
+    """Fit a head on the training scans of each fold, and return what it says about the others.
 
     Every choice but the weights is fixed or made inside the training scans, so that every backbone
     has the same budget. Classes weigh equally in a fit (but in kNN, where neighbours vote).
-    Predictions of all folds are scored together; the interval draws patients, not fits. The same
-    seed draws the same patients for every backbone.
 
     Args:
         bags: One (N, D) float32 cls bag per scan.
@@ -82,7 +69,7 @@ def probe_scans_level(
         head: ``logistic`` classifies only, ``ridge`` and ``knn`` do both. With ``abmil`` it names
             the loss: ``logistic`` for classes, ``ridge`` for values.
         folds: From ``splits``; a scan is tested once at most.
-        seed: Draws inner folds, ABMIL's weights and the bootstrap.
+        seed: Draws inner folds and ABMIL's weights.
 
     Raises:
         InputError: Arguments do not fit each other, a fold leaks or trains on one class, or an
@@ -110,7 +97,14 @@ def probe_scans_level(
             continue
         train = Training(vectors_SD[rows], target_NK, weight_N, owners)
         predictions_SK[test] = _fit(head, train, seed)(vectors_SD[test])
-    return _scored(truth, predictions_SK, patients, folds, attention, seed)
+    scans = np.array(sorted(i for fold in folds for i in fold.test))
+    return ScanPredictions(
+        _chance(truth, scans, folds),
+        tuple(scans.tolist()),
+        predictions_SK[scans],
+        truth.classes,
+        tuple(attention[i] for i in scans) if attention else (),
+    )
 
 
 def _fit(head: Head, train: Training, seed: int) -> Callable[[Floats], Floats]:
@@ -119,62 +113,14 @@ def _fit(head: Head, train: Training, seed: int) -> Callable[[Floats], Floats]:
     return (fit_logistic if head == "logistic" else fit_ridge)(train, seed=seed)
 
 
-def _scored(
-    truth: _Targets,
-    predictions_SK: Floats,
-    patients: Sequence[str],
-    folds: Sequence[Fold],
-    attention: dict[int, Floats],
-    seed: int,
-) -> ScanScores:
-    scans = np.array(sorted(i for fold in folds for i in fold.test))
+def _chance(truth: _Targets, scans: Rows, folds: Sequence[Fold]) -> tuple[float, ...]:
     if truth.classes:
-        metrics, chance = _class_metrics(truth.class_S, predictions_SK, scans)
-    else:
-        value_S = truth.target_SK[:, 0]
-        metrics, chance = _value_metrics(value_S, predictions_SK[:, 0], folds)
-    owners = [patients[i] for i in scans]
-    scores = tuple(
-        score(name, lambda rows, metric=metric: metric(scans[rows]), owners, seed=seed)  # type: ignore[misc]
-        for name, metric in metrics.items()
-    )
-    return ScanScores(
-        scores,
-        chance,
-        tuple(tuple(m(np.array(fold.test)) for m in metrics.values()) for fold in folds),
-        tuple(scans.tolist()),
-        predictions_SK[scans],
-        truth.classes,
-        tuple(attention[i] for i in scans) if attention else (),
-    )
-
-
-Metrics = dict[str, Callable[[Rows], float]]  # of the scans with these numbers
-
-
-def _class_metrics(
-    class_S: Rows, predictions_SK: Floats, scans: Rows
-) -> tuple[Metrics, tuple[float, ...]]:
-    best_S = predictions_SK.argmax(1)
-    metrics: Metrics = {
-        "auroc": lambda rows: auroc(class_S[rows], predictions_SK[rows]),
-        "balanced accuracy": lambda rows: balanced_accuracy(class_S[rows], best_S[rows]),
-    }
-    return metrics, (0.5, 1 / len(set(class_S[scans].tolist())))
-
-
-def _value_metrics(
-    value_S: Floats, predicted_S: Floats, folds: Sequence[Fold]
-) -> tuple[Metrics, tuple[float, ...]]:
-    metrics: Metrics = {
-        "r2": lambda rows: r2(value_S[rows], predicted_S[rows]),
-        "mae": lambda rows: mae(value_S[rows], predicted_S[rows]),
-        "spearman": lambda rows: spearman(value_S[rows], predicted_S[rows]),
-    }
+        return 0.5, 1 / len(set(truth.class_S[scans].tolist()))
+    value_S = truth.target_SK[:, 0]
     errors = [
         np.abs(value_S[list(fold.test)] - np.median(value_S[list(fold.train)])) for fold in folds
     ]
-    return metrics, (0.0, float(np.concatenate(errors).mean()), 0.0)
+    return 0.0, float(np.concatenate(errors).mean()), 0.0
 
 
 def _weights(target_NK: Floats) -> Floats:

@@ -12,6 +12,7 @@ from tapct_fast.cli import main
 from tapct_fast.downstream.features import Features
 from tapct_fast.errors import InputError
 from tapct_fast.evaluation.encoders import grid_features
+from tapct_fast.evaluation.measures import of_classes, of_retrieval
 from tapct_fast.evaluation.retrieval import retrieval
 from tapct_fast.evaluation.scan_probe import probe_scans_level
 from tapct_fast.evaluation.splits import patient_folds
@@ -70,7 +71,7 @@ def test_classes_are_told_beside_a_rival_that_knows_nothing(table: Path, tmp_pat
     assert (found.num_scans, found.num_patients) == (NUM, 10)
     assert [score.name for score in found.results[0].scores] == ["auroc", "balanced accuracy"]
     folds = patient_folds(PATIENTS, folds=5, seed=0, stratify=CLASSES)
-    expected = probe_scans_level(
+    predicted = probe_scans_level(
         bags_of(table),
         np.array(CLASSES),
         PATIENTS,
@@ -80,7 +81,8 @@ def test_classes_are_told_beside_a_rival_that_knows_nothing(table: Path, tmp_pat
         folds=folds,
         seed=0,
     )
-    assert found.results[0].scores == expected.scores
+    expected = of_classes(predicted, dict(enumerate(CLASSES)), range(NUM))
+    assert found.results[0].scores == expected.scores(PATIENTS, seed=0)
     assert found.results[0].scores[0].value > 0.95
     assert 0.1 < found.results[1].scores[0].value < 0.9
     auroc = found.differences[0].scores[0]
@@ -126,8 +128,10 @@ def test_neighbours_are_looked_for_among_other_patients(table: Path, tmp_path: P
     found = evaluate(table, [density, noise], out=tmp_path, task="retrieval", pooling="mean+std")
     bags = bags_of(table)
     vectors = torch.stack([torch.cat([b.mean(0), b.std(0, correction=0)]) for b in bags])
-    expected = retrieval(vectors, np.array(CLASSES), PATIENTS, seed=0)
-    for score, other in zip(found.results[0].scores, expected.scores, strict=True):
+    expected = of_retrieval(retrieval(vectors, np.array(CLASSES), PATIENTS), range(NUM))
+    for score, other in zip(
+        found.results[0].scores, expected.scores(PATIENTS, seed=0), strict=True
+    ):
         assert score.name == other.name
         assert score[1:] == pytest.approx(other[1:])
     assert found.differences[0].scores[3].name == "map"

@@ -7,7 +7,9 @@ from sklearn.metrics import average_precision_score
 
 from tapct_fast.errors import InputError
 from tapct_fast.evaluation import retrieval as module
-from tapct_fast.evaluation.retrieval import retrieval
+from tapct_fast.evaluation.measures import of_retrieval
+from tapct_fast.evaluation.retrieval import RetrievalScores, retrieval
+from tapct_fast.evaluation.scores import Score
 
 
 def toy(seed: int, *, gap: float) -> tuple[torch.Tensor, np.ndarray, list[str]]:
@@ -24,9 +26,14 @@ def toy(seed: int, *, gap: float) -> tuple[torch.Tensor, np.ndarray, list[str]]:
     return torch.from_numpy(np.array(vectors)).float(), np.array(targets), patients
 
 
+def scores_of(got: RetrievalScores, patients: list[str]) -> tuple[Score, ...]:
+    measured = of_retrieval(got, range(len(patients)))
+    return measured.scores([patients[i] for i in got.queries], seed=0)
+
+
 def test_scores_are_those_of_a_plain_loop_and_scikit_learn() -> None:
     vectors, targets, patients = toy(0, gap=0.6)
-    got = retrieval(vectors, targets, patients, seed=0)
+    scores = scores_of(retrieval(vectors, targets, patients), patients)
     unit = vectors.double().numpy()
     unit = unit / np.linalg.norm(unit, axis=1, keepdims=True)
     hits: dict[int, list[float]] = {1: [], 5: [], 10: []}
@@ -40,23 +47,24 @@ def test_scores_are_those_of_a_plain_loop_and_scikit_learn() -> None:
             values.append(float(right[order[:k]].any()))
         precisions.append(average_precision_score(right, similarity))
     expected = [*(np.mean(hits[k]) for k in (1, 5, 10)), np.mean(precisions)]
-    assert [s.name for s in got.scores] == ["recall@1", "recall@5", "recall@10", "map"]
-    assert [s.value for s in got.scores] == pytest.approx(expected)
-    assert 0.4 < got.scores[3].value < 0.95
-    assert all(s.low <= s.value <= s.high for s in got.scores)
+    assert [s.name for s in scores] == ["recall@1", "recall@5", "recall@10", "map"]
+    assert [s.value for s in scores] == pytest.approx(expected)
+    assert 0.4 < scores[3].value < 0.95
+    assert all(s.low <= s.value <= s.high for s in scores)
 
 
 def test_scans_of_the_same_patient_are_no_candidates() -> None:
     """Noise, but for each patient's own scans, which would make every recall 1."""
     vectors, targets, patients = toy(1, gap=0.0)
-    got = retrieval(vectors, targets, patients, seed=0)
-    assert got.scores[0].low < got.chance[0] < got.scores[0].high < 0.8
-    assert got.scores[3].low < got.chance[3] < got.scores[3].high
+    got = retrieval(vectors, targets, patients)
+    scores = scores_of(got, patients)
+    assert scores[0].low < got.chance[0] < scores[0].high < 0.8
+    assert scores[3].low < got.chance[3] < scores[3].high
 
 
 def test_classes_far_apart_are_found() -> None:
-    got = retrieval(*toy(2, gap=20.0), seed=0)
-    assert [s.value for s in got.scores] == [1.0] * 4
+    got = retrieval(*toy(2, gap=20.0))
+    assert (got.values_QM == 1).all()
 
 
 def test_chance_is_the_mean_over_random_orders() -> None:
@@ -71,23 +79,23 @@ def test_chance_is_the_mean_over_random_orders() -> None:
 def test_a_class_of_one_patient_asks_nothing() -> None:
     vectors, targets, patients = toy(3, gap=1.0)
     alone = np.where(np.array(patients) == "p2", "z", targets)
-    got = retrieval(vectors, alone, patients, seed=0)
+    got = retrieval(vectors, alone, patients)
     assert set(got.queries) == {i for i, p in enumerate(patients) if p != "p2"}
     with pytest.raises(InputError, match="shared by scans of two patients"):
-        retrieval(vectors, np.array(patients), patients, seed=0)
+        retrieval(vectors, np.array(patients), patients)
 
 
 def test_two_patients_have_an_interval_and_few_candidates_no_error() -> None:
-    got = retrieval(torch.eye(2), np.array([1, 1]), ["a", "b"], seed=0)
-    assert [s.value for s in got.scores] == [1.0] * 4
-    assert not any(math.isnan(s.low) for s in got.scores)
+    scores = scores_of(retrieval(torch.eye(2), np.array([1, 1]), ["a", "b"]), ["a", "b"])
+    assert [s.value for s in scores] == [1.0] * 4
+    assert not any(math.isnan(s.low) for s in scores)
 
 
 def test_what_does_not_fit_is_refused() -> None:
     vectors, targets, patients = toy(0, gap=1.0)
     with pytest.raises(InputError, match="one of each"):
-        retrieval(vectors, targets[1:], patients, seed=0)
+        retrieval(vectors, targets[1:], patients)
     with pytest.raises(InputError, match="shape"):
-        retrieval(vectors[0], targets, patients, seed=0)
+        retrieval(vectors[0], targets, patients)
     with pytest.raises(InputError, match="not finite"):
-        retrieval(vectors * torch.inf, targets, patients, seed=0)
+        retrieval(vectors * torch.inf, targets, patients)
