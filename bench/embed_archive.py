@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bench.harness import Run, start, version
+from bench.harness import Run, resident_bytes, start, version
 from tapct_fast.backbone.backbone import Backbone
 from tapct_fast.backbone.preprocess import Preprocess
 from tapct_fast.config import VitConfig
@@ -115,7 +115,7 @@ def _nothing_to_do(run: Run, num_scans: int) -> None:
             for old, new in zip(there, made, strict=True):
                 (shutil.copy2 if is_copied else os.link)(old, new)
             there = made if is_copied else there
-        before = _resident_bytes()
+        before = resident_bytes()
         reports: list[EmbedReport] = []
         calls: dict[str, Callable[[], object]] = {
             "tapct_fast": lambda: reports.append(embed_scans(backbone, [scans], out)),
@@ -134,7 +134,7 @@ def _nothing_to_do(run: Run, num_scans: int) -> None:
             "cpu",
             {label: _percentiles(times) for label, times in seconds.items()},
             bytes=num_scans * features.stat().st_size,
-            resident_bytes=max(0, _resident_bytes() - before),
+            resident_bytes=max(0, resident_bytes() - before),
             manifest_bytes=(out / "manifest.parquet").stat().st_size,
             verified="every scan was found done",
         )
@@ -164,10 +164,6 @@ def _files(out: Path) -> dict[str, bytes]:
 
 def _percentiles(seconds: Sequence[float]) -> list[float]:
     return [round(1000 * float(t), 4) for t in np.percentile(seconds, (20, 50, 80))]
-
-
-def _resident_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 if __name__ == "__main__":

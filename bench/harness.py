@@ -263,12 +263,13 @@ def peak_extra_bytes(call: Callable[[], Any], device: Device) -> int:
     with suppress(AttributeError):  # of glibc: what it keeps of freed memory is not there before
         ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
-    before = _resident_bytes("VmRSS")
+    before = resident_bytes()
     call()
-    return max(0, _resident_bytes("VmHWM") - before)
+    return max(0, resident_bytes("VmHWM") - before)
 
 
-def _resident_bytes(name: str) -> int:
+def resident_bytes(name: str = "VmRSS") -> int:
+    """Return memory of this process: what is resident now, or with ``VmHWM`` the most there was."""
     match = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert match is not None
     return int(match[1]) * 1024

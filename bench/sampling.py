@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bench.harness import Run, start
+from bench.harness import Run, resident_bytes, start
 from tapct_fast import recipes
 from tapct_fast.config import Config, CropConfig
 from tapct_fast.data.crops import CaseOrder, crop_at
@@ -101,11 +101,11 @@ def _first_draw(run: Run, num_cases: int, num_slices: int) -> None:
             kept[0].draw(0)
             store._reader()
 
-        before = _resident_bytes()
+        before = resident_bytes()
         rounds = 3 if num_cases < 1_000_000 else 1
         times = {"tapct_fast": _percentiles(ours, rounds)}
         gc.collect()
-        resident = max(_resident_bytes() - before, 0)
+        resident = max(resident_bytes() - before, 0)
         names = {record.case for record in kept.pop()._cases}
         if len(names) != num_cases:
             raise ValueError("cases are missing; not written")
@@ -187,11 +187,6 @@ def _record(number: int, num_slices: int) -> CaseRecord:
         noise[:32].hex(),
         60_000_000,
     )
-
-
-def _resident_bytes() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return 4096 * pages
 
 
 if __name__ == "__main__":
