@@ -40,6 +40,25 @@ def _add_no_check_hu(verb: Parser) -> None:
     )
 
 
+def _add_backbone(verb: Parser) -> None:
+    verb.add_argument(
+        "backbone", metavar="BACKBONE", help="exported folder, model.safetensors or hub id"
+    )
+
+
+def _add_overlap(verb: Parser) -> None:
+    verb.add_argument(
+        "--overlap",
+        type=float,
+        default=0.5,
+        help="of neighbouring windows, 0 to 0.9 (default: 0.5)",
+    )
+
+
+def _add_store(verb: Parser) -> None:
+    verb.add_argument("store", type=Path, metavar="STORE", help="folder written by tapct-fast pack")
+
+
 def _positive(text: str) -> float:
     value = float(text)
     if not 0 < value < float("inf"):
@@ -149,9 +168,7 @@ def _add_train(verbs: _Verbs) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     train.add_argument("recipe", metavar="RECIPE")
-    train.add_argument(
-        "store", type=Path, metavar="STORE", help="folder written by tapct-fast pack"
-    )
+    _add_store(train)
     train.add_argument("--out", type=Path, required=True, metavar="DIR", help="checkpoints, logs")
     train.add_argument(
         "--start",
@@ -268,9 +285,7 @@ def _add_views(verbs: _Verbs) -> None:
         "with a table of what was drawn for each view: OUT/views.html.",
         epilog="Any setting of the recipe can be changed with --group.name VALUE, as in train.",
     )
-    views.add_argument(
-        "store", type=Path, metavar="STORE", help="folder written by tapct-fast pack"
-    )
+    _add_store(views)
     views.add_argument("--out", type=Path, required=True, metavar="DIR", help="made if absent")
     views.add_argument(
         "--recipe", default="vit-s", help=f"{', '.join(recipes.RECIPES)} (default: vit-s)"
@@ -325,9 +340,7 @@ def _add_check(verbs: _Verbs) -> None:
         "definition, its time, hashes of the weights, versions. Exit code 65 if a bound is broken. "
         "Takes two minutes for a B model on two CPU cores.",
     )
-    check.add_argument(
-        "backbone", metavar="BACKBONE", help="exported folder, model.safetensors or hub id"
-    )
+    _add_backbone(check)
     check.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     check.add_argument(
         "--slices", type=int, metavar="N", help="depth of the scan (default: the backbone's own)"
@@ -343,9 +356,7 @@ def _add_embed(verbs: _Verbs) -> None:
         "tokens and pooled vector, and a manifest of all scans. Each one is embedded exactly once: "
         "run it again to go on after a stop. docs/embed.md says what the folder holds.",
     )
-    embed.add_argument(
-        "backbone", metavar="BACKBONE", help="exported folder, model.safetensors or hub id"
-    )
+    _add_backbone(embed)
     embed.add_argument(
         "scan",
         type=Path,
@@ -354,12 +365,7 @@ def _add_embed(verbs: _Verbs) -> None:
         help="scan file, DICOM series folder, or a folder searched for scans",
     )
     embed.add_argument("--out", type=Path, required=True, metavar="FEATURES", help="made if absent")
-    embed.add_argument(
-        "--overlap",
-        type=float,
-        default=0.5,
-        help="of neighbouring windows, 0 to 0.9 (default: 0.5)",
-    )
+    _add_overlap(embed)
     embed.add_argument(
         "--batch-size", type=int, help="windows per forward (default: what the memory allows)"
     )
@@ -511,12 +517,7 @@ def _add_view(verbs: _Verbs) -> None:
         metavar="N",
         help="encode slices at N x N pixels instead of the backbone's own size: finer tokens",
     )
-    view.add_argument(
-        "--overlap",
-        type=float,
-        default=0.5,
-        help="of neighbouring windows, 0 to 0.9 (default: 0.5)",
-    )
+    _add_overlap(view)
     view.add_argument("--device", default="cpu")
     _add_no_check_hu(view)
     _add_series(view)
