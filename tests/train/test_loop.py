@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from training_case import rows, run_in_server, train_until_killed
+from training_case import fail_at, rows, run_in_server, train_until_killed
 
 from tapct_fast.config import Config, from_json
 from tapct_fast.data.pipeline import ViewBatch, ViewPipeline
@@ -55,17 +55,6 @@ def finished(
     out = tmp_path_factory.mktemp("finished")
     train(tiny_config, tiny_store, out)
     return out
-
-
-def fail_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    make = ViewPipeline._batch
-
-    def failing(self: ViewPipeline, at: int, micro: int, loaded: Loaded) -> Made:
-        if at == step:
-            raise StoreError("the disk went away")
-        return make(self, at, micro, loaded)
-
-    monkeypatch.setattr(ViewPipeline, "_batch", failing)
 
 
 def test_a_run_writes_its_config_its_metrics_and_its_checkpoints(

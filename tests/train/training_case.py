@@ -12,11 +12,13 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from tapct_fast.config import Config
-from tapct_fast.data.pipeline import ViewBatch
+from tapct_fast.data.pipeline import ViewBatch, ViewPipeline
+from tapct_fast.errors import StoreError
 from tapct_fast.model.block import draw_kept_rows
 from tapct_fast.ssl.method import DinoMethod, Kept
 from tapct_fast.ssl.param_groups import build_optimizer, param_groups
@@ -232,3 +234,14 @@ def rows(out: Path) -> list[dict[str, Any]]:
     """The rows of a run without what is measured, not computed."""
     lines = (out / "metrics.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if k not in TIMED} for line in lines]
+
+
+def fail_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    make = ViewPipeline._batch
+
+    def failing(self: ViewPipeline, at: int, micro: int, loaded: Any) -> Any:
+        if at == step:
+            raise StoreError("the disk went away")
+        return make(self, at, micro, loaded)
+
+    monkeypatch.setattr(ViewPipeline, "_batch", failing)
