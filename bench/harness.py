@@ -35,9 +35,11 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = REPOSITORY / "bench" / "results"
 WARM_UP = 2  # rounds; the first compiles
 ROUNDS = 20
-# Larger than any L2 (126 MB on a B200), and 0.1 ms of work at 4.3 TB/s: the host enqueues a short
-# variant while the device still writes it, so that events time the device, not the launches.
+# Larger than any L2 (126 MB on a B200). Written often enough for 2 ms of work at 4.3 TB/s: the host
+# meanwhile enqueues a short variant, so that events time the device, not Python's launches. Forward
+# and backward of one op take some 0.5 ms of it.
 FLUSH_BYTES = 512 * 2**20
+NUM_FLUSHES = 16
 
 Device = Literal["cpu", "cuda"]
 Variants = Mapping[str, Callable[[], Any]]
@@ -278,7 +280,7 @@ def resident_bytes(name: str = "VmRSS") -> int:
 def time_ms(variants: Variants, *, device: Device, rounds: int) -> dict[str, list[float]]:
     """Run every variant once per round, in turn, and return each one's p20, p50 and p80.
 
-    Work on CUDA is timed by events behind a write that empties the L2 of the variant's inputs.
+    Work on CUDA is timed by events behind writes that empty the L2 of the variant's inputs.
     """
     once = _once_cuda if device == "cuda" else _once_cpu
     times: dict[str, list[float]] = {name: [] for name in variants}
@@ -386,7 +388,10 @@ def _once_cuda(call: Callable[[], Any]) -> float:
     begin = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
     end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
     # Freed and reused at once by the caching allocator: the write costs no allocation.
-    torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda").zero_()
+    flushed = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+    for _ in range(NUM_FLUSHES):
+        flushed.zero_()
+    del flushed
     begin.record()
     call()
     end.record()

@@ -34,6 +34,7 @@ from tapct_kernels.flash_attn import (
     sequence_starts,
     unit_stride,
 )
+from tapct_kernels.inductor import register_fallbacks
 
 BackendName = Literal[
     "amx",  # of whoever has called provide_amx
@@ -275,6 +276,7 @@ def _dense_name(
     is_deterministic: bool,
     backend: BackendName | None,
 ) -> str:
+    register_fallbacks()  # here, for this is called while a model is traced, whoever compiles it
     facts = (device_type, dtype, head_width, needs_grad, is_deterministic)
     if backend is None:
         return choose_backend(*facts).name

@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ALL = slice(None)
 PRODUCTS = {"cuda": 2**27, "cpu": 2**24, "meta": 2**27}  # logits that exist at a time: 256, 64 MiB
 
 
@@ -43,19 +42,24 @@ class Logits(NamedTuple):
             return [slice(0, num_rows)]
         return [slice(first, first + size) for first in range(0, num_rows, size)]
 
-    def of(self, rows: slice | Tensor, prototypes: slice = ALL) -> Tensor:
+    def of(self, rows: slice | Tensor | None = None, prototypes: slice | None = None) -> Tensor:
         """Return logits_MP of some rows, by number or in sequence, and some prototypes."""
-        rows_NX = self.rows_NX if self.weights_PK is not None else self.rows_NX[:, prototypes]
-        rows_MX = rows_NX[rows] if isinstance(rows, slice) else rows_NX.index_select(0, rows)
-        if self.weights_PK is None:
-            return rows_MX
-        with torch.autocast(rows_MX.device.type, enabled=False):
-            return F.linear(rows_MX, self.weights_PK[prototypes])
+        rows_NX, weights_PK = self
+        if prototypes is not None and weights_PK is None:
+            rows_NX = rows_NX[:, prototypes]
+        if prototypes is not None and weights_PK is not None:
+            weights_PK = weights_PK[prototypes]
+        if rows is not None:
+            rows_NX = rows_NX[rows] if isinstance(rows, slice) else rows_NX.index_select(0, rows)
+        if weights_PK is None:
+            return rows_NX
+        with torch.autocast(rows_NX.device.type, enabled=False):
+            return F.linear(rows_NX, weights_PK)
 
     def stored(self, dtype: torch.dtype) -> Tensor:
         """Return logits_NP in a dtype; one other than the features' costs no copy in theirs."""
         if dtype == self.rows_NX.dtype:
-            return self.of(ALL)
+            return self.of()
         shape = self.rows_NX.shape[0], self.num_prototypes
         logits_NP = self.rows_NX.new_empty(shape, dtype=dtype)
         for part in self.parts():
@@ -88,5 +92,5 @@ class SoftTargets(NamedTuple):
 
     def dense(self) -> Tensor:
         """Return targets_NP in the sum dtype."""
-        scaled_NP = self.logits.of(ALL).to(self.row_N.dtype) / self.temp
+        scaled_NP = self.logits.of().to(self.row_N.dtype) / self.temp
         return torch.exp(scaled_NP + self.prototype_P + self.row_N[:, None])

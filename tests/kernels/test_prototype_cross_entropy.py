@@ -36,13 +36,16 @@ class Inputs(NamedTuple):
         return (*self[:2], *self.targets, *self[3:])
 
     def to(self, dtype: torch.dtype) -> "Inputs":
-        """Cast operands; the targets' vectors follow to float64 only."""
+        """Cast operands; the targets' vectors follow to float64, and to what rounding changes."""
         rows, weights, *vectors = self.targets
         if dtype == torch.float64:
             vectors = [v.double() for v in vectors]
         targets = SoftTargets(
             rows.to(dtype), None if weights is None else weights.to(dtype), *vectors
         )
+        if dtype == torch.bfloat16:  # which holds fewer values than the sample's
+            scaled_NP = targets.logits.of().float() / targets.temp + targets.prototype_P
+            targets = targets._replace(row_N=-torch.logsumexp(scaled_NP, 1))
         return self._replace(
             features_SK=self.features_SK.to(dtype),
             prototypes_PK=self.prototypes_PK.to(dtype),
@@ -129,7 +132,7 @@ def loops(inputs: Inputs) -> Tensor:
     """The cross-entropy of every pair from scalars, float64."""
     x, w, targets, rows, weights = inputs
     _, _, prototype, row, temp = targets
-    logits = targets.logits.of(slice(None))
+    logits = targets.logits.of()
     losses = []
     for s in range(x.shape[0]):
         student = [float(x[s].double() @ w[p].double()) / TEMP for p in range(w.shape[0])]

@@ -179,8 +179,8 @@ def test_autocast_rounds_nothing_and_random_state_is_untouched(rng: np.random.Ge
 @pytest.mark.gpu
 def test_nothing_waits_for_the_device(rng: np.random.Generator) -> None:
     def moved(value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            return value.cuda()
+        if value is None or isinstance(value, torch.Tensor):
+            return value if value is None else value.cuda()
         return type(value)(*map(moved, value))
 
     given = moved(evidence(rng))

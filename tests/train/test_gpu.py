@@ -28,7 +28,7 @@ def cuda_run(config: Config, *, compile: str, dtype: torch.dtype) -> tuple[Run, 
     run.method.to("cuda")
     groups = param_groups(run.method.student, depth=config.vit.depth, config=config.optim)
     guard = start_guard(len(list(run.method.student.children())), "cuda")
-    run = dataclasses.replace(run, optimizer=build_optimizer(groups, config.optim), guard=guard)
+    run = run._replace(optimizer=build_optimizer(groups, config.optim), guard=guard)
     settings = dataclasses.replace(config.train, compile=compile)
     return run, build_engine(run.method, settings, dtype=dtype, processes=Processes())
 
