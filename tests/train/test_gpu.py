@@ -44,7 +44,7 @@ def losses_of_steps(
     found = []
     for step in range(num):
         values = step_values(config.schedule, step, num_steps=num, batch_size=4)
-        batches = on_cuda(random_batches(config, first=1 + 2 * step))
+        batches = on_cuda(random_batches(config, config.train.accumulate, first=1 + 2 * step))
         metrics = train_step(run, batches, values, engine).read()
         found.append([metrics.losses[name] for name in Losses._fields])
     return torch.tensor(found, dtype=torch.float64)
