@@ -2,16 +2,18 @@
 
 import argparse
 import os
-import signal
-import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from tempfile import TemporaryDirectory
+from threading import Event, Timer
+from typing import TYPE_CHECKING, NamedTuple
 
 from bench.compare import compare, render
+from bench.jobs import Jobs
 from bench.rows import (
     REPOSITORY,
     RESULTS,
@@ -24,6 +26,9 @@ from bench.rows import (
     parse,
     read,
 )
+
+if TYPE_CHECKING:
+    from bench.catalogue import Subject
 
 INTERRUPTED = 130
 MOST_LISTED = 12  # cases of one subject, unless it was named
@@ -75,20 +80,26 @@ def _run(args: argparse.Namespace) -> int:
         *(["--out", str(args.out)] if args.out else []),
     ]
     began = time.monotonic()
-    outcomes: dict[str, Outcome] = {}
-    for subject in chosen(args.name):
+
+    def outcome_of(subject: "Subject") -> Outcome:
         left = args.total - (time.monotonic() - began) if args.total else None
         if device not in subject.devices and not args.name:
-            outcomes[subject.name] = Outcome(0, ["reads files, which no GPU does"], "")
-            continue
+            return Outcome(0, ["reads files, which no GPU does"], "")
         if left is not None and left < 1:
-            outcomes[subject.name] = Outcome(0, [f"the {args.total:g} s of --total were over"], "")
-            continue
-        limit = min((s for s in (args.limit, left) if s), default=None)
+            return Outcome(0, [f"the {args.total:g} s of --total were over"], "")
         print(f"\n{subject.name}: {subject.text}", flush=True)
+        limit = min((s for s in (args.limit, left) if s), default=None)
+        return _run_one(jobs, subject.name, options, limit)
+
+    subjects = chosen(args.name)
+    with TemporaryDirectory() as folder, ThreadPoolExecutor(args.jobs) as pool:
+        jobs = Jobs(Path(folder))
+        futures = {subject.name: pool.submit(outcome_of, subject) for subject in subjects}
         try:
-            outcomes[subject.name] = _run_one(subject.name, options, limit)
+            outcomes = {name: future.result() for name, future in futures.items()}
         except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            jobs.stop_all()
             print("interrupted; with --missing the same command goes on", file=sys.stderr)
             return INTERRUPTED
     if device == "cpu":
@@ -108,35 +119,45 @@ def _conclude(outcomes: dict[str, Outcome]) -> int:
     return 1 if failed else 0
 
 
-def _run_one(name: str, options: Sequence[str], limit_s: float | None) -> Outcome:
+def _run_one(jobs: Jobs, name: str, options: Sequence[str], limit_s: float | None) -> Outcome:
     """Run one bench in a process of its own, and show its rows as they come."""
     num_rows, skipped, last = 0, [], ""
-    deadline = time.monotonic() + limit_s if limit_s else None
     command = [sys.executable, "-P", "-m", f"bench.{name}", *options]
-    environment = {**os.environ, "PYTHONPATH": _search_path()}
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
-    ) as process:
-        try:
-            for line in _lines(process, deadline):
-                rows = parse(line) if line.startswith('{"subject"') else []
-                for row in rows:
-                    num_rows += 1
-                    print(f"\n{_table(row)}", flush=True)
-                    absent = row.values.get("absent") or {}
-                    skipped += [f"{row.case}, {rival}: {why}" for rival, why in absent.items()]
-                if rows:
-                    continue
-                last = line or last
-                if line.startswith("skipped: "):
-                    skipped.append(line.removeprefix("skipped: "))
-                elif line.startswith(f"{name}, "):
-                    print(line, flush=True)
-        except TimeoutError:
-            skipped.append(f"stopped after {limit_s:.0f} s; with --missing the next run goes on")
-            return Outcome(num_rows, skipped, "")
-        finally:
-            _stop(process)
+    process = jobs.start(command, {**os.environ, "PYTHONPATH": _search_path()})
+    assert process.stdout is not None
+    is_over = Event()
+
+    def end() -> None:
+        is_over.set()
+        jobs.stop(process)
+
+    timer = Timer(limit_s or 0, end)
+    if limit_s:
+        timer.start()
+    try:
+        for line in map(str.rstrip, process.stdout):
+            rows = parse(line) if line.startswith('{"subject"') else []
+            for row in rows:
+                num_rows += 1
+                print(f"\n{_table(row)}", flush=True)
+                absent = row.values.get("absent") or {}
+                skipped += [f"{row.case}, {rival}: {why}" for rival, why in absent.items()]
+            if rows:
+                continue
+            last = line or last
+            if line.startswith("skipped: "):
+                skipped.append(line.removeprefix("skipped: "))
+            elif line.startswith(f"{name}, "):
+                print(line, flush=True)
+        process.wait()
+    finally:
+        timer.cancel()
+        jobs.stop(process)
+        if limit_s:
+            timer.join()
+    if is_over.is_set() and process.returncode:
+        skipped.append(f"stopped after {limit_s:.0f} s; with --missing the next run goes on")
+        return Outcome(num_rows, skipped, "")
     if process.returncode == 0:
         return Outcome(num_rows, skipped, "")
     kind, _, reason = last.partition(": ")
@@ -145,34 +166,6 @@ def _run_one(name: str, options: Sequence[str], limit_s: float | None) -> Outcom
     if kind == "ImportError" and "_native is not built" in reason:
         return Outcome(num_rows, [*skipped, reason], "")
     return Outcome(num_rows, skipped, last or f"exit code {process.returncode}")
-
-
-def _lines(process: subprocess.Popen[str], deadline: float | None) -> Iterator[str]:
-    """Yield what a process prints; it is stopped at the deadline, between rows or inside one."""
-    assert process.stdout is not None
-
-    def stop(*_: object) -> None:
-        raise TimeoutError
-
-    before = signal.signal(signal.SIGALRM, stop)
-    if deadline is not None:
-        signal.setitimer(signal.ITIMER_REAL, max(deadline - time.monotonic(), 0.01))
-    try:
-        for line in process.stdout:
-            yield line.rstrip()
-        process.wait()
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
-def _stop(process: subprocess.Popen[str]) -> None:
-    if process.poll() is None:
-        process.terminate()
-        try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            process.kill()
 
 
 def _search_path() -> str:
@@ -271,6 +264,13 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--tiny", action="store_true", help="a size for tests; needs --out")
     run.add_argument("--out", type=Path, help="folder of the rows (default: $OUT or bench/results)")
     run.add_argument("--limit", type=float, metavar="S", help="seconds for each bench")
+    run.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        metavar="N",
+        help="benches side by side: they compile together, each is timed alone (default: 1)",
+    )
     run.add_argument("--total", type=float, metavar="S", help="seconds for all together")
     run.set_defaults(run=_run)
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Build, measure and test on a CUDA machine without a network, within nine minutes. Safe to interrupt:
+# Build, test and measure on a CUDA machine without a network, within nine minutes. Safe to interrupt:
 # the same command goes on where it stopped.
 #
-#   bench/gpu.sh                    build, benches, gpu-tests, tests; then sanitize, if time is left
+#   bench/gpu.sh                    build, gpu-tests, benches, tests; then sanitize, if time is left
 #   bench/gpu.sh build benches      only these; also: tune (launch configurations, into kernels/)
 #
 # The benches go in the order of bench/catalogue.py, the most valuable rows first; then a page with all
@@ -15,7 +15,8 @@
 # TAPCT_CUDA     ON; OFF builds without CUDA code
 # TAPCT_TOTAL_S  seconds for all steps together (530)
 # TAPCT_BENCH    more words for "bench run": names, --tiny (none)
-# TAPCT_BENCH_S  seconds for each bench (100)
+# TAPCT_BENCH_S  seconds for each bench (200)
+# TAPCT_JOBS     benches side by side, which compile together and are timed alone (3)
 #
 # Without blosc2 the native core cannot be built: then only the op library is tested and measured, and
 # skipped.txt says so.
@@ -88,8 +89,9 @@ pytest_on() {
     echo "== ${log%.log}: passed already"
   else
     has_native || set -- tests/kernels "$@"
+    has xdist && set -- -n "$(nproc)" "$@" # kernels compile for minutes
     local before=${#failed[@]}
-    timed "$log" "$python" -m pytest -q "$@"
+    timed "$log" "$python" -m pytest -q --tb=short "$@"
     [ "$before" = ${#failed[@]} ] && touch "$done"
   fi
 }
@@ -97,8 +99,8 @@ pytest_on() {
 benches() {
   local kept=20 # seconds for the page
   # shellcheck disable=SC2086 # TAPCT_BENCH holds words
-  timed bench.log "$python" -m bench run --missing --limit "${TAPCT_BENCH_S:-100}" \
-    --total "$(($(left) - kept))" ${TAPCT_BENCH:-}
+  timed bench.log "$python" -m bench run --missing --limit "${TAPCT_BENCH_S:-200}" \
+    --jobs "${TAPCT_JOBS:-3}" --total "$(($(left) - kept))" ${TAPCT_BENCH:-}
   if ! has_native; then
     skip "page: no native core; draw it elsewhere with tapct-fast bench plot $OUT"
   elif ! has PIL; then
@@ -161,16 +163,16 @@ except ImportError as error:
 device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"
 print(f"torch {torch.__version__}, triton {triton.__version__}, {device}")
 END
-for step in "${@:-build benches gpu-tests tests sanitize}"; do
+for step in "${@:-build gpu-tests benches tests sanitize}"; do
   for word in $step; do
     case $word in
       build) build && has_native && unset PYTHONPATH ;;
-      gpu-tests) pytest_on gpu-tests.log -m gpu ;;
+      gpu-tests) pytest_on gpu-tests.log -m gpu --continue-on-collection-errors ;;
       benches) benches ;;
       sanitize) sanitize ;;
       tune) tune ;;
       tests) OMP_NUM_THREADS=1 pytest_on tests.log -m "not gpu" ;;
-      *) echo "bench/gpu.sh: $word is not one of build, benches, gpu-tests, tests, sanitize, tune" >&2 && exit 2 ;;
+      *) echo "bench/gpu.sh: $word is not one of build, gpu-tests, benches, tests, sanitize, tune" >&2 && exit 2 ;;
     esac
   done
 done

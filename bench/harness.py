@@ -31,6 +31,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bench.jobs import alone
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = REPOSITORY / "bench" / "results"
 WARM_UP = 2  # rounds; the first compiles
@@ -280,15 +282,17 @@ def resident_bytes(name: str = "VmRSS") -> int:
 def time_ms(variants: Variants, *, device: Device, rounds: int) -> dict[str, list[float]]:
     """Run every variant once per round, in turn, and return each one's p20, p50 and p80.
 
+    Benches that run beside this one, see ``bench run --jobs``, are stopped meanwhile.
     Work on CUDA is timed by events behind writes that empty the L2 of the variant's inputs.
     """
     once = _once_cuda if device == "cuda" else _once_cpu
     times: dict[str, list[float]] = {name: [] for name in variants}
-    for turn in range(WARM_UP + rounds):
-        for name, call in variants.items():
-            elapsed = once(call)
-            if turn >= WARM_UP:
-                times[name].append(elapsed)
+    with alone():
+        for turn in range(WARM_UP + rounds):
+            for name, call in variants.items():
+                elapsed = once(call)
+                if turn >= WARM_UP:
+                    times[name].append(elapsed)
     return {
         name: [round(float(q), 4) for q in np.percentile(values, (20, 50, 80))]
         for name, values in times.items()

@@ -321,3 +321,42 @@ def test_the_tuner_needs_a_cuda_device(
 ) -> None:
     assert tools.tune.main([]) == 2
     assert "no CUDA device" in capsys.readouterr().out
+
+
+def test_benches_run_side_by_side_and_are_timed_alone(
+    tools: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ["masked_gather", "patch_embed"]
+    assert tools.main(["run", *names, "--jobs", "2", *TINY_RUN, str(tmp_path / "rows")]) == 0
+    out = capsys.readouterr().out
+    assert "4 rows measured" in out
+    assert out.index("patch_embed: ") < out.index("tapct masked_gather")  # it did not wait for it
+
+    jobs = importlib.import_module("bench.jobs")
+    folder = tmp_path / "jobs"
+    folder.mkdir()
+    running = jobs.Jobs(folder)
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    clock = "import time\nwhile True: print(time.monotonic(), flush=True); time.sleep(0.01)"
+    timing = (
+        "import time; from bench.jobs import alone; now = time.monotonic\n"
+        "with alone(): print(now(), flush=True); time.sleep(1); print(now(), flush=True)"
+    )
+    beside = running.start([sys.executable, "-c", clock], environment)
+    assert beside.stdout.readline()
+    alone = running.start([sys.executable, "-c", timing], environment)
+    begin, end = (float(alone.stdout.readline()) for _ in range(2))
+    running.stop(alone)
+    while (last := float(beside.stdout.readline())) < end:
+        assert not begin < last < end
+    killed = running.start(
+        [sys.executable, "-c", timing.replace("sleep(1)", "sleep(99)")], environment
+    )
+    assert killed.stdout.readline()
+    running.stop(killed)  # what it had stopped goes on
+    now = time.monotonic()
+    while float(beside.stdout.readline()) < now:
+        pass
+    running.stop_all()
+    assert beside.returncode != 0
+    assert [path.name for path in folder.iterdir()] == [jobs.LOCK]
