@@ -73,6 +73,8 @@ def _run(args: argparse.Namespace) -> int:
     from bench.catalogue import chosen
     from bench.harness import this_device
 
+    if args.jobs < 1:
+        raise BenchError(f"--jobs {args.jobs}: one bench at a time is the least")
     device = this_device()
     options = [
         *(["--tiny"] if args.tiny else []),

@@ -331,6 +331,8 @@ def test_benches_run_side_by_side_and_are_timed_alone(
     out = capsys.readouterr().out
     assert "4 rows measured" in out
     assert out.index("patch_embed: ") < out.index("tapct masked_gather")  # it did not wait for it
+    assert tools.main(["run", "--jobs", "0"]) == 2
+    assert "--jobs 0" in capsys.readouterr().err
 
     jobs = importlib.import_module("bench.jobs")
     folder = tmp_path / "jobs"
