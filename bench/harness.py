@@ -38,8 +38,7 @@ RESULTS = REPOSITORY / "bench" / "results"
 WARM_UP = 2  # rounds; the first compiles
 ROUNDS = 20
 # Larger than any L2 (126 MB on a B200). Written often enough for 2 ms of work at 4.3 TB/s: the host
-# meanwhile enqueues a short variant, so that events time the device, not Python's launches. Forward
-# and backward of one op take some 0.5 ms of it.
+# meanwhile enqueues a short variant, so that events time the device, not Python's launches.
 FLUSH_BYTES = 512 * 2**20
 NUM_FLUSHES = 16
 

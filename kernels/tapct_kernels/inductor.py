@@ -12,9 +12,8 @@ def _register() -> None:
     from torch._library.utils import get_layout_constraint_tag
 
     for name in torch._C._dispatch_get_all_op_names():
-        namespace, _, rest = name.partition("::")
-        if namespace == "tapct" and "." not in rest:
-            op = getattr(torch.ops.tapct, rest).default
+        if name.startswith("tapct::"):
+            op = getattr(torch.ops.tapct, name.removeprefix("tapct::")).default
             tag = get_layout_constraint_tag(op, with_default=True)
             make_fallback(op, layout_constraint=tag_to_layout_constraint(tag))
 

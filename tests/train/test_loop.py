@@ -1,7 +1,6 @@
 """Whole runs on a real store: exact resume, real kills, refusals."""
 
 import dataclasses
-import hashlib
 import json
 import math
 import multiprocessing
@@ -19,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from training_case import fail_at, rows, run_in_server, train_until_killed
+from training_case import fail_at, hashes, rows, run_in_server, train_until_killed
 
 from tapct_fast.config import Config, from_json
 from tapct_fast.data.pipeline import ViewBatch, ViewPipeline
@@ -39,12 +38,6 @@ from tapct_fast.train.step import StepResult
 
 Loaded = Sequence[tuple[Sample, NDArray[np.int16]]]
 Made = tuple[ViewBatch, torch.cuda.Event | None]
-
-
-def hashes(out: Path, step: int = 6) -> dict[str, str]:
-    folder = out / "checkpoints" / f"step-{step:08d}"
-    files = [*folder.glob("*.safetensors"), folder / "config.json", folder / "state.json"]
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 @pytest.fixture(scope="module")

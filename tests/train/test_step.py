@@ -15,6 +15,7 @@ from training_case import (
     do_step,
     engine_of,
     explained,
+    losses_of_steps,
     random_batches,
     run_of,
     snapshot,
@@ -22,8 +23,7 @@ from training_case import (
 
 from tapct_fast.config import Config, HeadsConfig
 from tapct_fast.data.pipeline import ViewBatch
-from tapct_fast.ssl.method import DinoMethod, Losses
-from tapct_fast.ssl.schedules import step_values
+from tapct_fast.ssl.method import DinoMethod
 from tapct_fast.train.step import train_step
 from tapct_kernels.soft_targets import PRODUCTS
 
@@ -84,17 +84,6 @@ def test_bfloat16_products_keep_weights_and_losses_in_float32(tiny_config: Confi
     exact, rounded = (r.losses["total"] for r in results.values())
     assert exact != rounded
     assert rounded == pytest.approx(exact, rel=0.02)  # bfloat16 keeps 8 bits
-
-
-def losses_of_steps(config: Config, num: int, *, compile: str) -> Tensor:
-    run, rows = run_of(config), []
-    engine = engine_of(run, compile=compile)
-    for step in range(num):
-        values = step_values(config.schedule, step, num_steps=num, batch_size=4)
-        batches = random_batches(config, first=1 + 2 * step)
-        metrics = train_step(run, batches, values, engine).read()
-        rows.append([metrics.losses[name] for name in Losses._fields])
-    return torch.tensor(rows, dtype=torch.float64)
 
 
 def test_a_hundred_compiled_steps_give_the_losses_of_the_eager_ones(tiny_config: Config) -> None:

@@ -1,6 +1,7 @@
 """Runs built without a store, one step of them, and processes that die while they save."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import signal
@@ -15,14 +16,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from tapct_fast.config import Config
 from tapct_fast.data.pipeline import ViewBatch, ViewPipeline
 from tapct_fast.errors import StoreError
 from tapct_fast.model.block import draw_kept_rows
-from tapct_fast.ssl.method import DinoMethod, Kept
+from tapct_fast.ssl.method import DinoMethod, Kept, Losses
 from tapct_fast.ssl.param_groups import build_optimizer, param_groups
-from tapct_fast.ssl.schedules import StepValues
+from tapct_fast.ssl.schedules import StepValues, step_values
 from tapct_fast.train.checkpoint import Run
 from tapct_fast.train.checkpoint_writer import CheckpointWriter
 from tapct_fast.train.guard import explain, start_guard
@@ -37,14 +39,19 @@ TIMED = {"samples_per_s", "data_wait"}  # measured, not computed
 
 
 def run_of(
-    config: Config, *, seed: int = 2, group_size: int = 0, fingerprint: str = "store"
+    config: Config,
+    *,
+    seed: int = 2,
+    group_size: int = 0,
+    fingerprint: str = "store",
+    device: str = "cpu",
 ) -> Run:
     method = DinoMethod(
         config.vit, config.heads, config.losses, hu=config.hu, seed=seed, group_size=group_size
-    )
+    ).to(device)
     groups = param_groups(method.student, depth=config.vit.depth, config=config.optim)
     optimizer = build_optimizer(groups, config.optim)
-    guard = start_guard(len(list(method.student.children())), "cpu")
+    guard = start_guard(len(list(method.student.children())), device)
     return Run(method, optimizer, config, fingerprint, "cpu float32", guard)
 
 
@@ -228,6 +235,35 @@ def random_batches(config: Config, num: int = 2, *, first: int = 1) -> list[Micr
 def snapshot(run: Run) -> list[Tensor]:
     state = [t for s in run.optimizer.state.values() for t in s.values()]
     return [t.detach().clone() for t in (*run.method.state_dict().values(), *state)]
+
+
+def losses_of_steps(
+    config: Config,
+    num: int,
+    *,
+    compile: str,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+) -> Tensor:
+    """Every loss of every step, each on views of its own."""
+    run, found = run_of(config, device=device), []
+    engine = engine_of(run, compile=compile, dtype=dtype, waits=device == "cpu")
+    for step in range(num):
+        values = step_values(config.schedule, step, num_steps=num, batch_size=4)
+        batches = random_batches(config, config.train.accumulate, first=1 + 2 * step)
+        metrics = train_step(run, moved(batches, device), values, engine).read()
+        found.append([metrics.losses[name] for name in Losses._fields])
+    return torch.tensor(found, dtype=torch.float64)
+
+
+def moved(batches: list[MicroBatch], device: str) -> list[MicroBatch]:
+    return [tree_map_only(Tensor, lambda t: t.to(device), batch) for batch in batches]
+
+
+def hashes(out: Path, step: int = 6) -> dict[str, str]:
+    folder = out / "checkpoints" / f"step-{step:08d}"
+    files = [*folder.glob("*.safetensors"), folder / "config.json", folder / "state.json"]
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def rows(out: Path) -> list[dict[str, Any]]:
