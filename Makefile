@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+JOBS ?= $(shell nproc)
 CT ?=
 OUT ?= .demo
 CPP := $(wildcard csrc/*.cpp csrc/*.hpp csrc/include/tapct/*.hpp csrc/gpu/*.cpp csrc/gpu/*.cu \
@@ -69,8 +70,9 @@ fuzz: dev
 	set -e; for name in dicom gzip nifti b2nd; do \
 	  build/fuzz/fuzz_$$name -max_total_time=$(FUZZ_SECONDS) -max_len=8192 -timeout=10 -rss_limit_mb=4096 build/fuzz/corpus/$$name; done
 
+# A test per core, each of one thread.
 pytest: dev
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 format: dev
 	$(BIN)/ruff check --fix .

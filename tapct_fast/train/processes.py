@@ -12,6 +12,7 @@ import faulthandler
 import math
 import re
 import threading
+import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -184,14 +185,14 @@ def started(environment: Mapping[str, str], device: torch.device) -> Iterator[Pr
     try:
         yield Processes(rank, world_size, dist.group.WORLD)
     except TapctError as error:
-        if _others_left(store):
+        if _others_left(store, rank, world_size):
             raise SystemExit(error.exit_code) from None
         raise
     except RuntimeError as error:
+        others_left = _others_left(store, rank, world_size)
         if not isinstance(error, dist.DistError) and "gloo" not in str(error).lower():
-            _others_left(store)
             raise
-        if _others_left(store):
+        if others_left:
             raise SystemExit(TrainError.exit_code) from None
         raise TrainError(
             f"process {rank} of {world_size} lost the others: one died, or did not answer for "
@@ -214,13 +215,18 @@ def _take_device(device: torch.device, local_rank: int) -> None:
     torch.cuda.set_device(local_rank)
 
 
-def _others_left(store: Store) -> bool:
-    """Say whether another process left with an error before, which is the one to be told."""
+def _others_left(store: Store, rank: int, world_size: int) -> bool:
+    """Say whether another process left with an error before, which is the one to be told.
+
+    The first, whose store it may be, stays until the others have asked, or ``_STORE_SECONDS``.
+    """
     count = [0]
 
     def enter() -> None:
-        with contextlib.suppress(dist.DistError):  # it was the one that kept the store
+        with contextlib.suppress(dist.DistError):  # the one that kept the store was killed
             count.append(int(store.add(_LEFT, 1)))
+            while rank == 0 and int(store.add(_LEFT, 0)) < world_size:
+                time.sleep(0.02)
 
     # In a thread, which can be left behind: if it hangs, its store does too.
     thread = threading.Thread(target=enter, daemon=True)
