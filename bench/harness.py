@@ -327,7 +327,9 @@ def device_name(device: Device) -> str:
         info = Path("/proc/cpuinfo")
         text = info.read_text() if info.exists() else ""
         match = re.search(r"model name\s*:\s*(.+)", text)
-        name = f"{match.group(1) if match else platform.machine()} {os.cpu_count()} cores"
+        name = match.group(1) if match else platform.machine()
+        # Hosts of one name come with AMX and without, which is six times in a bfloat16 product.
+        name += " AMX" * ("amx_tile" in text) + f" {os.cpu_count()} cores"
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 

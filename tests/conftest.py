@@ -46,6 +46,19 @@ def real_ct() -> Path:
 
 
 @pytest.fixture(scope="session")
+def fp8_on_cpu() -> None:
+    """Emulated float8 products; tests that need them skip where PyTorch has none."""
+    one = torch.ones(16, 16).to(torch.float8_e4m3fn)
+    scale = torch.ones(16, 1)
+    try:
+        torch._scaled_mm(one, one.t(), scale, scale.t(), out_dtype=torch.bfloat16)
+    except RuntimeError:
+        pytest.skip(
+            f"torch {torch.__version__} takes no scales of rows on the CPU; not tested here"
+        )
+
+
+@pytest.fixture(scope="session")
 def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     program = shutil.which("chromium") or shutil.which("google-chrome")
     if program is None or not shutil.which("bash"):

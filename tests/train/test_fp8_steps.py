@@ -19,6 +19,8 @@ from tapct_fast.train.checkpoint import Run
 from tapct_fast.train.loop import choose_backend
 from tapct_fast.train.step import Engine, train_step
 
+pytestmark = pytest.mark.usefixtures("fp8_on_cpu")
+
 
 def with_train(config: Config, **changes: object) -> Config:
     return dataclasses.replace(config, train=dataclasses.replace(config.train, **changes))
