@@ -328,7 +328,7 @@ def device_name(device: Device) -> str:
         text = info.read_text() if info.exists() else ""
         match = re.search(r"model name\s*:\s*(.+)", text)
         name = match.group(1) if match else platform.machine()
-        # Hosts of one name come with AMX and without, which is six times in a bfloat16 product.
+        # Hosts of one name come with AMX and without; bfloat16 products are fast only with it.
         name += " AMX" * ("amx_tile" in text) + f" {os.cpu_count()} cores"
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 

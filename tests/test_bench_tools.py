@@ -252,6 +252,19 @@ def test_the_most_valuable_benches_come_first(tools: SimpleNamespace) -> None:
     assert not {"harness", "tune", "__main__", "chest"} & set(names)
 
 
+@pytest.mark.parametrize(
+    ("flags", "name"), [("avx512_bf16", "a-r-cpu-4-cores"), ("amx_tile", "a-r-cpu-amx-4-cores")]
+)
+def test_hosts_with_amx_have_a_name_of_their_own(
+    tools: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flags: str, name: str
+) -> None:
+    info = tmp_path / "cpuinfo"
+    info.write_text(f"model name\t: A(R) CPU\nflags\t\t: fpu {flags}\n")
+    monkeypatch.setattr(tools.harness, "Path", lambda _: info)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    assert tools.harness.device_name("cpu") == name
+
+
 def test_pytest_bench_measures_every_variant(tmp_path: Path) -> None:
     file = tmp_path / "benchmark.json"
     quick = ("--benchmark-min-rounds=1", "--benchmark-max-time=0.001", "--benchmark-warmup=off")

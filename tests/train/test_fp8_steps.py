@@ -19,7 +19,7 @@ from tapct_fast.train.checkpoint import Run
 from tapct_fast.train.loop import choose_backend
 from tapct_fast.train.step import Engine, train_step
 
-pytestmark = pytest.mark.usefixtures("fp8_on_cpu")
+multiplies = pytest.mark.usefixtures("fp8_on_cpu")
 
 
 def with_train(config: Config, **changes: object) -> Config:
@@ -56,6 +56,7 @@ def test_thirty_emulated_steps_stay_beside_those_of_bfloat16(tiny_config: Config
     assert losses[-1, 0] < losses[0, 0] - 4  # the losses do move
 
 
+@multiplies
 def test_an_engine_of_fp8_runs_the_definition(tiny_config: Config) -> None:
     emulated, run = run_of(tiny_config), run_of(with_train(tiny_config, precision="fp8"))
     names = list(run.method.state_dict())
@@ -68,6 +69,7 @@ def test_an_engine_of_fp8_runs_the_definition(tiny_config: Config) -> None:
     assert {p.dtype for p in run.method.parameters()} == {torch.float32}
 
 
+@multiplies
 def test_both_halves_of_a_step_are_one_graph(tiny_config: Config) -> None:
     losses = []
     for is_compiled in (False, True):
@@ -86,6 +88,7 @@ def test_both_halves_of_a_step_are_one_graph(tiny_config: Config) -> None:
     torch.testing.assert_close(*losses, rtol=2**-8, atol=2**-8)
 
 
+@multiplies
 @pytest.mark.parametrize("checkpointing", ["selective", "full"])
 def test_checkpointing_changes_no_bit_of_a_step(tiny_config: Config, checkpointing: str) -> None:
     snapshots = []
@@ -110,6 +113,7 @@ class CountProducts(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@multiplies
 @pytest.mark.parametrize(("checkpointing", "again"), [("none", 0), ("selective", 0), ("full", 8)])
 def test_selective_checkpointing_keeps_the_products(
     tiny_config: Config, checkpointing: str, again: int
@@ -122,6 +126,7 @@ def test_selective_checkpointing_keeps_the_products(
     assert products.count == 2 * 4 * (1 + 2 * 2) + again
 
 
+@multiplies
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_weight_that_is_not_finite_stops_the_step(tiny_config: Config, value: float) -> None:
     run = run_of(with_train(tiny_config, precision="fp8"))
