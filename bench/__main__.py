@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 import time
 from collections import Counter
@@ -96,6 +97,8 @@ def _run(args: argparse.Namespace) -> int:
     subjects = chosen(args.name)
     with TemporaryDirectory() as folder, ThreadPoolExecutor(args.jobs) as pool:
         jobs = Jobs(Path(folder))
+        # A bench left behind by `kill` or `timeout` would spoil what is timed after it.
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
         futures = {subject.name: pool.submit(outcome_of, subject) for subject in subjects}
         try:
             outcomes = {name: future.result() for name, future in futures.items()}
@@ -104,6 +107,8 @@ def _run(args: argparse.Namespace) -> int:
             jobs.stop_all()
             print("interrupted; with --missing the same command goes on", file=sys.stderr)
             return INTERRUPTED
+        finally:
+            signal.signal(signal.SIGTERM, before)
     if device == "cpu":
         print("\nno CUDA device here: the rows are of the CPU")
     return _conclude(outcomes)

@@ -377,3 +377,30 @@ def test_benches_run_side_by_side_and_are_timed_alone(
     running.stop_all()
     assert beside.returncode != 0
     assert [path.name for path in folder.iterdir()] == [jobs.LOCK]
+
+
+def test_a_terminated_run_leaves_no_bench_behind(tmp_path: Path) -> None:
+    """``timeout`` and ``kill`` reach only the command; its bench is a group of its own."""
+    run = subprocess.Popen(
+        [sys.executable, "-m", "bench", "run", "masked_gather", *TINY_RUN, str(tmp_path / "rows")],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+    def children() -> list[int]:
+        tasks = Path(f"/proc/{run.pid}/task").glob("*/children")
+        return [int(child) for task in tasks for child in task.read_text().split()]
+
+    assert run.stdout is not None
+    assert any(line.startswith("masked_gather: ") for line in run.stdout)
+    deadline = time.monotonic() + 60
+    while not (benches := children()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert benches
+    run.terminate()
+    _, said = run.communicate(timeout=60)
+    assert run.returncode == 130
+    assert "with --missing the same command goes on" in said
+    assert not any(Path(f"/proc/{child}").exists() for child in benches)
