@@ -99,8 +99,8 @@ def _run(args: argparse.Namespace) -> int:
         jobs = Jobs(Path(folder))
         # A bench left behind by `kill` or `timeout` would spoil what is timed after it.
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-        futures = {subject.name: pool.submit(outcome_of, subject) for subject in subjects}
         try:
+            futures = {subject.name: pool.submit(outcome_of, subject) for subject in subjects}
             outcomes = {name: future.result() for name, future in futures.items()}
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)
