@@ -5,10 +5,10 @@ On CUDA in bfloat16: views of 437 tokens (local), 2,357 (global), and whole volu
 are the seven products that are executed, one of them a recomputation. ``absent`` says why a backend
 did not run. Eager and compiled stop where their scores would take gigabytes.
 On the CPU one volume, width 384 (two heads of it at 12,549 tokens), in float32 and bfloat16, the
-latter in inference on AMX tiles where this CPU has them, with PyTorch's kernel as a rival, beside
-the rival that the op's docstring rejects: chunks of queries by bfloat16 products, softmax in
-between. They share a row, so all operands are bfloat16 numbers and the errors differ with the
-arithmetic alone.
+latter on AMX tiles where this CPU has them, with PyTorch's kernel as a rival, in inference beside
+another: chunks of queries by bfloat16 products, softmax in between. They share a row, so all
+operands are bfloat16 numbers and the errors differ with the arithmetic alone. Views of a training
+run on a CPU are short and many: 64 of 37 tokens.
 The packed rows compare ``attention_varlen`` with one dense call per window.
 Shape suffixes: N volumes, T tokens, H heads, K head width, C queries of one chunk.
 """
@@ -37,7 +37,7 @@ from tapct_kernels.attention import (
 HEAD_WIDTH = 64
 SHAPES = {  # (N, T), the most valuable first
     "cuda": [(64, 2357), (256, 437), (4, 12549), (1, 35285)],
-    "cpu": [(1, 437), (1, 2357), (1, 12549)],
+    "cpu": [(1, 437), (1, 2357), (1, 12549), (64, 37)],
 }
 WINDOWS = {"cuda": (2357, 1181, 437, 2357, 437, 1181) * 8, "cpu": (437, 1181, 437)}
 MOST_SCORES = {"cuda": 2**30, "cpu": 2**24}  # of the eager formula: 4 GiB and 64 MiB
@@ -129,9 +129,9 @@ def _work(shape_NTH: tuple[int, int, int], device: Device, is_tiny: bool, kind: 
     absent = {}
     if device == "cpu":
         calls["tapct attention, float32"] = (attention, qkv_float)
-        if not is_step:  # inference is what a CPU is for
-            if chosen.name != "sdpa flash":
-                calls["sdpa flash"] = (partial(attention, backend="sdpa flash"), qkv)
+        if chosen.name != "sdpa flash":
+            calls["sdpa flash"] = (partial(attention, backend="sdpa flash"), qkv)
+        if not is_step:
             calls["bf16 products, 256 queries"] = (partial(chunked, num_queries=256), qkv)
     else:
         for backend in get_args(BackendName)[:-1]:

@@ -37,10 +37,9 @@ from bench.harness import (
     this_device,
     time_ms,
 )
-from bench.train_eager import EAGER
+from bench.train_eager import EAGER, Eager
 from bench.train_rivals import (
     DINOV3,
-    Arrangement,
     Compiled,
     LossNumbers,
     MicroBatches,
@@ -133,15 +132,12 @@ def steppers(
 ) -> dict[str, Callable[[], Stepper]]:
     """Return how to build each variant, ours first, all from the same weights."""
     state = method_of(config).state_dict()
-
-    def rival(arrangement: Arrangement, *, compiles: bool) -> Rival:
-        compiled: Compiled = "blocks" if compiles and not is_tiny else "no"
-        return Rival(config, state, arrangement, device=device, dtype=dtype, compiled=compiled)
-
+    compiled: Compiled = "no" if is_tiny else "blocks"
+    where: dict[str, Any] = {"device": device, "dtype": dtype}
     return {
-        OURS: partial(Library, config, state, device=device, dtype=dtype),
-        E: partial(rival, EAGER, compiles=False),
-        D: partial(rival, DINOV3, compiles=True),
+        OURS: partial(Library, config, state, **where),
+        E: partial(Eager, config, state, EAGER, **where),
+        D: partial(Rival, config, state, DINOV3, compiled=compiled, **where),
     }
 
 

@@ -3,14 +3,17 @@
 The arrangement of ``bench.train_rivals`` whose parts are the library's ops, run one by one under
 autocast: tokens assembled in one pass, a norm computed where the branch before it ends, only used
 tokens normed at the end, targets as two vectors, cross-entropies without student logits, one read
-of the device per step. A copy, so that the row does not move when the library does.
+of the device per step. A copy, so that the row does not move when the library does; what the ops
+have got for the CPU since, ``Eager`` does without.
 
 Shape suffixes: as in ``bench.train_rivals``.
 """
 
+import importlib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -22,11 +25,14 @@ from bench.train_rivals import (
     Encoder,
     HeadCall,
     LossNumbers,
+    MicroBatches,
+    Rival,
     Rows,
     grid_of,
     position_rows,
 )
 from tapct_fast.model.vit import Vit
+from tapct_fast.ssl.schedules import StepValues
 from tapct_kernels import (
     SoftTargets,
     attention,
@@ -38,6 +44,7 @@ from tapct_kernels import (
     residual_norm,
     sinkhorn,
 )
+from tapct_kernels.attention import BackendName
 
 
 def op_embed(vit: Vit, x_BZYX: Tensor, mask_BL: Tensor | None) -> Tensor:
@@ -89,7 +96,11 @@ def _fused_blocks(vit: Vit, x_BTD: Tensor, rows: Sequence[Tensor | None]) -> Ten
         ):
             if j == 0:
                 qkv_KT3HK = block.attn.qkv(normed_KTD).unflatten(2, (3, -1, vit.config.head_dim))
-                branch_KTD = block.attn.proj(attention(qkv_KT3HK).flatten(2))
+                # With a gradient on a CPU there was PyTorch's kernel only.
+                is_native = qkv_KT3HK.device.type == "cpu" and qkv_KT3HK.requires_grad
+                backend: BackendName | None = "sdpa flash" if is_native else None
+                out_KTHK = attention(qkv_KT3HK, backend=backend)
+                branch_KTD = block.attn.proj(out_KTHK.flatten(2))
             else:
                 branch_KTD = block.mlp.fc2(F.gelu(block.mlp.fc1(normed_KTD)))
             rows_K, scale = rows[2 * i + j], x_BTD.shape[0] / branch_KTD.shape[0]
@@ -141,7 +152,9 @@ def factored_head(head: nn.Module, compiles: bool) -> HeadCall:
     module: Any = head
 
     def call(x_ND: Tensor) -> tuple[Tensor, Tensor]:
-        return module.bottleneck(x_ND), module.last_layer()
+        x_NK = module.mlp(x_ND)
+        eps = 1e-6 if x_NK.dtype == torch.float16 else 1e-12
+        return F.normalize(x_NK, dim=-1, eps=eps), module.last_layer()
 
     return call
 
@@ -218,3 +231,14 @@ EAGER = Arrangement(
     read=read_together,
     average=average_in_one,
 )
+
+
+class Eager(Rival):
+    """This arrangement, its ``residual_norm`` on a CPU by the eager definition, as it was."""
+
+    def step(self, batches: MicroBatches, values: StepValues) -> LossNumbers:
+        """Do one optimizer step in place and return its losses."""
+        # The package exports a function of the module's name.
+        op = importlib.import_module("tapct_kernels.residual_norm")
+        with patch.object(op, "_cpu_kernels", []):
+            return super().step(batches, values)

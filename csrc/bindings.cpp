@@ -13,6 +13,7 @@
 #include <stdexcept>
 #include <string_view>
 #include <system_error>
+#include <variant>
 
 #include "tapct/b2nd.hpp"
 #include "tapct/box_reader.hpp"
@@ -430,18 +431,44 @@ void define_render_views(py::module_& m) {
 
 using Bf16 = py::array_t<std::uint16_t, py::array::c_style>;
 
-void attention_amx(const Bf16& qkv_NT3HK, Bf16& out_NTHK, std::size_t num_threads) {
+std::array<std::size_t, 3> attention_shape(const Bf16& qkv_NT3HK, const Bf16& out_NTHK,
+                                           const Params& level_NHT) {
   const auto shape = shape_of<5>(qkv_NT3HK, "attention_amx: qkv_NT3HK must have five axes");
-  const auto out_shape = shape_of<4>(out_NTHK, "attention_amx: out_NTHK must have four axes");
-  if (shape[2] != 3 || shape[4] != tapct::head_width ||
-      out_shape != std::array<std::size_t, 4>{shape[0], shape[1], shape[3], shape[4]}) {
+  const auto out = shape_of<4>(out_NTHK, "attention_amx: out_NTHK must have four axes");
+  const auto level = shape_of<3>(level_NHT, "attention_amx: level_NHT must have three axes");
+  const auto [volumes, tokens, three, heads, width] = shape;
+  if (three != 3 || width != tapct::head_width ||
+      out != std::array<std::size_t, 4>{volumes, tokens, heads, width} ||
+      level != std::array<std::size_t, 3>{volumes, heads, tokens}) {
     throw std::invalid_argument(
-        "attention_amx: qkv and out are not (N, T, 3, H, 64), (N, T, H, 64)");
+        "attention_amx: the arrays are not (N, T, 3, H, 64), (N, T, H, 64), (N, H, T)");
   }
+  return {volumes, tokens, heads};
+}
+
+void attention_amx(const Bf16& qkv_NT3HK, Bf16& out_NTHK, Params& level_NHT,
+                   std::size_t num_threads) {
+  const auto [volumes, tokens, heads] = attention_shape(qkv_NT3HK, out_NTHK, level_NHT);
   const std::uint16_t* qkv = qkv_NT3HK.data();
   std::uint16_t* out = out_NTHK.mutable_data();
+  float* levels = level_NHT.mutable_data();
   const py::gil_scoped_release release;
-  tapct::attention_amx(qkv, out, shape[0], shape[1], shape[3], num_threads);
+  tapct::attention_amx(qkv, out, levels, volumes, tokens, heads, num_threads);
+}
+
+void attention_amx_backward(const Bf16& grad_out_NTHK, const Bf16& qkv_NT3HK, const Bf16& out_NTHK,
+                            const Params& level_NHT, Bf16& grad_qkv_NT3HK,
+                            std::size_t num_threads) {
+  const auto [volumes, tokens, heads] = attention_shape(qkv_NT3HK, out_NTHK, level_NHT);
+  attention_shape(grad_qkv_NT3HK, grad_out_NTHK, level_NHT);
+  const std::uint16_t* grad_out = grad_out_NTHK.data();
+  const std::uint16_t* qkv = qkv_NT3HK.data();
+  const std::uint16_t* out = out_NTHK.data();
+  const float* levels = level_NHT.data();
+  std::uint16_t* grad_qkv = grad_qkv_NT3HK.mutable_data();
+  const py::gil_scoped_release release;
+  tapct::attention_amx_backward(grad_out, qkv, out, levels, grad_qkv, volumes, tokens, heads,
+                                num_threads);
 }
 
 void add_norm(Params& x_ND, const std::optional<Bf16>& branch_ND, const Params& weight_D,
@@ -468,6 +495,16 @@ void gelu(Bf16& x, std::size_t num_threads) {
   const auto count = static_cast<std::size_t>(x.size());
   const py::gil_scoped_release release;
   tapct::gelu(values, count, num_threads);
+}
+
+using Either = std::variant<Params, Bf16>;
+
+tapct::Values values_of(const Either& array) {
+  return std::visit([](const auto& a) -> tapct::Values { return a.data(); }, array);
+}
+
+tapct::MutableValues mutable_values_of(Either& array) {
+  return std::visit([](auto& a) -> tapct::MutableValues { return a.mutable_data(); }, array);
 }
 
 void bias_gelu(const Params& x_ND, const Params& bias_D, Params& out_ND, std::size_t num_threads) {
@@ -504,6 +541,7 @@ void bias_gelu_backward(const Params& grad_ND, const Params& x_ND, const Params&
 
 using Index = std::optional<py::array_t<std::int64_t, py::array::c_style>>;
 using MaybeParams = std::optional<Params>;
+using MaybeEither = std::optional<Either>;
 
 tapct::Listed listed(const Index& index) {
   if (!index) {
@@ -514,33 +552,58 @@ tapct::Listed listed(const Index& index) {
 
 const float* data_of(const MaybeParams& array) { return array ? array->data() : nullptr; }
 
+tapct::Values values_of(const MaybeEither& array) {
+  return array ? values_of(*array) : tapct::Values{};
+}
+
+tapct::MutableValues mutable_values_of(MaybeEither& array) {
+  return array ? mutable_values_of(*array) : tapct::MutableValues{};
+}
+
+std::size_t size_of(const Params& array) { return static_cast<std::size_t>(array.size()); }
+
+std::size_t size_of(const Either& array) {
+  return std::visit([](const auto& a) { return static_cast<std::size_t>(a.size()); }, array);
+}
+
 // Whether an array, where there is one, holds what the op reads or writes of it.
-bool has_rows(const MaybeParams& array, const tapct::Listed& samples,
+template <typename Array>
+bool has_rows(const std::optional<Array>& array, const tapct::Listed& samples,
               const tapct::ResidualNorm& op) {
   const std::size_t count = samples.is_listed ? samples.samples.size() : op.num_samples;
-  return !array || static_cast<std::size_t>(array->size()) == count * op.num_tokens * op.width;
+  return !array || size_of(*array) == count * op.num_tokens * op.width;
 }
 
 bool has_width(const MaybeParams& array, std::size_t width) {
-  return !array || static_cast<std::size_t>(array->size()) == width;
+  return !array || size_of(*array) == width;
 }
 
-tapct::ResidualNorm residual_norm_of(const Params& x_NTD, const MaybeParams& gamma_D,
-                                     const MaybeParams& weight_D, const Index& index_K,
-                                     const Index& next_index_J, float scale, float eps) {
+tapct::ResidualNorm residual_norm_of(const Params& x_NTD, const MaybeEither& branch_KTD,
+                                     const MaybeParams& gamma_D, const MaybeParams& weight_D,
+                                     const Index& index_K, const Index& next_index_J, float scale,
+                                     float eps) {
   const auto shape = shape_of<3>(x_NTD, "residual_norm: x_NTD must have three axes");
   if (!has_width(gamma_D, shape[2]) || !has_width(weight_D, shape[2])) {
     throw std::invalid_argument("residual_norm: gamma, weight and x differ in width");
   }
-  return {shape[0], shape[1], shape[2],         listed(index_K),  listed(next_index_J),
-          scale,    eps,      data_of(gamma_D), data_of(weight_D)};
+  return {shape[0],
+          shape[1],
+          shape[2],
+          listed(index_K),
+          listed(next_index_J),
+          scale,
+          eps,
+          branch_KTD.has_value(),
+          data_of(gamma_D),
+          data_of(weight_D)};
 }
 
-void residual_norm(const Params& x_NTD, const MaybeParams& branch_KTD, const MaybeParams& gamma_D,
+void residual_norm(const Params& x_NTD, const MaybeEither& branch_KTD, const MaybeParams& gamma_D,
                    const MaybeParams& weight_D, const MaybeParams& bias_D, const Index& index_K,
                    const Index& next_index_J, float scale, float eps, MaybeParams out_NTD,
-                   MaybeParams normed_JTD, std::size_t num_threads) {
-  const auto op = residual_norm_of(x_NTD, gamma_D, weight_D, index_K, next_index_J, scale, eps);
+                   MaybeEither normed_JTD, std::size_t num_threads) {
+  const auto op =
+      residual_norm_of(x_NTD, branch_KTD, gamma_D, weight_D, index_K, next_index_J, scale, eps);
   if (branch_KTD.has_value() != out_NTD.has_value() || weight_D.has_value() != bias_D.has_value() ||
       weight_D.has_value() != normed_JTD.has_value() || !has_width(bias_D, op.width) ||
       !has_rows(branch_KTD, op.with_branch, op) || !has_rows(out_NTD, {false, {}}, op) ||
@@ -548,36 +611,36 @@ void residual_norm(const Params& x_NTD, const MaybeParams& branch_KTD, const May
     throw std::invalid_argument("residual_norm: the arrays do not fit each other");
   }
   const float* x = x_NTD.data();
-  const float* branch = data_of(branch_KTD);
+  const auto branch = values_of(branch_KTD);
   const float* bias = data_of(bias_D);
   float* out = out_NTD ? out_NTD->mutable_data() : nullptr;
-  float* normed = normed_JTD ? normed_JTD->mutable_data() : nullptr;
+  const auto normed = mutable_values_of(normed_JTD);
   const py::gil_scoped_release release;
   tapct::residual_norm(op, x, branch, bias, out, normed, num_threads);
 }
 
-void residual_norm_backward(const MaybeParams& grad_out_NTD, const MaybeParams& grad_normed_JTD,
-                            const Params& read_NTD, const MaybeParams& branch_KTD,
+void residual_norm_backward(const MaybeParams& grad_out_NTD, const MaybeEither& grad_normed_JTD,
+                            const Params& read_NTD, const MaybeEither& branch_KTD,
                             const MaybeParams& gamma_D, const MaybeParams& weight_D,
                             const Index& index_K, const Index& next_index_J, float scale, float eps,
-                            Params& grad_x_NTD, MaybeParams grad_branch_KTD, Params& grads_3D,
+                            Params& grad_x_NTD, MaybeEither grad_branch_KTD, Params& grads_3D,
                             std::size_t num_threads) {
-  const auto op = residual_norm_of(read_NTD, gamma_D, weight_D, index_K, next_index_J, scale, eps);
+  const auto op =
+      residual_norm_of(read_NTD, branch_KTD, gamma_D, weight_D, index_K, next_index_J, scale, eps);
   if (branch_KTD.has_value() != grad_out_NTD.has_value() ||
       branch_KTD.has_value() != grad_branch_KTD.has_value() ||
-      weight_D.has_value() != grad_normed_JTD.has_value() || !has_width(grads_3D, 3 * op.width) ||
+      weight_D.has_value() != grad_normed_JTD.has_value() || size_of(grads_3D) != 3 * op.width ||
       !has_rows(branch_KTD, op.with_branch, op) || !has_rows(grad_branch_KTD, op.with_branch, op) ||
-      !has_rows(grad_out_NTD, {false, {}}, op) || !has_rows(grad_x_NTD, {false, {}}, op) ||
+      !has_rows(grad_out_NTD, {false, {}}, op) || size_of(grad_x_NTD) != size_of(read_NTD) ||
       !has_rows(grad_normed_JTD, op.with_norm, op)) {
     throw std::invalid_argument("residual_norm_backward: the arrays do not fit each other");
   }
   const float* grad_out = data_of(grad_out_NTD);
-  const float* grad_normed = data_of(grad_normed_JTD);
+  const auto grad_normed = values_of(grad_normed_JTD);
   const float* read = read_NTD.data();
-  const float* branch = data_of(branch_KTD);
+  const auto branch = values_of(branch_KTD);
   const tapct::ResidualNormGrads grads{grad_x_NTD.mutable_data(),
-                                       grad_branch_KTD ? grad_branch_KTD->mutable_data() : nullptr,
-                                       grads_3D.mutable_data()};
+                                       mutable_values_of(grad_branch_KTD), grads_3D.mutable_data()};
   const py::gil_scoped_release release;
   tapct::residual_norm_backward(op, grad_out, grad_normed, read, branch, grads, num_threads);
 }
@@ -591,7 +654,11 @@ PYBIND11_MODULE(_native, m) {
   m.def("has_amx", &tapct::has_amx);
   m.def("has_avx512_bf16", &tapct::has_avx512_bf16);
   m.def("attention_amx", &attention_amx, py::arg("qkv_NT3HK").noconvert(),
-        py::arg("out_NTHK").noconvert(), py::arg("num_threads"));
+        py::arg("out_NTHK").noconvert(), py::arg("level_NHT").noconvert(), py::arg("num_threads"));
+  m.def("attention_amx_backward", &attention_amx_backward, py::arg("grad_out_NTHK").noconvert(),
+        py::arg("qkv_NT3HK").noconvert(), py::arg("out_NTHK").noconvert(),
+        py::arg("level_NHT").noconvert(), py::arg("grad_qkv_NT3HK").noconvert(),
+        py::arg("num_threads"));
   m.def("add_norm", &add_norm, py::arg("x_ND").noconvert(), py::arg("branch_ND").noconvert(),
         py::arg("weight_D").noconvert(), py::arg("bias_D").noconvert(), py::arg("eps"),
         py::arg("out_ND").noconvert(), py::arg("num_threads"));

@@ -9,6 +9,7 @@
 
 #include "tapct/clones.hpp"
 #include "tapct/team.hpp"
+#include "tapct/zscore.hpp"
 
 namespace tapct {
 
@@ -32,6 +33,41 @@ void add_parts(const std::vector<float>& sums, std::size_t width, float* out) {
     for (std::size_t i = 0; i < width; ++i) {
       out[i] += sums[first + i];
     }
+  }
+}
+
+TAPCT_WIDE_CLONES void widen_row(const std::uint16_t* x, float* out, std::size_t width) {
+#pragma omp simd
+  for (std::size_t i = 0; i < width; ++i) {
+    out[i] = std::bit_cast<float>(static_cast<std::uint32_t>(x[i]) << 16);
+  }
+}
+
+TAPCT_WIDE_CLONES void narrow_row(const float* x, std::uint16_t* out, std::size_t width) {
+#pragma omp simd
+  for (std::size_t i = 0; i < width; ++i) {
+    out[i] = x[i] == x[i] ? to_bf16(x[i]) : std::uint16_t{0x7fc0};  // rounding could end NaN
+  }
+}
+
+// Return a row as float32: itself, or in the buffer.
+const float* read_row(Values values, std::size_t at, float* buffer, std::size_t width) {
+  if (const auto* wide = std::get_if<const float*>(&values)) {
+    return *wide + at;
+  }
+  widen_row(std::get<const std::uint16_t*>(values) + at, buffer, width);
+  return buffer;
+}
+
+// Calls fill(row) for a row of float32: the one to be written, or the buffer, then rounded.
+template <typename Fill>
+void write_row(MutableValues values, std::size_t at, float* buffer, std::size_t width,
+               const Fill& fill) {
+  if (auto* wide = std::get_if<float*>(&values)) {
+    fill(*wide + at);
+  } else {
+    fill(buffer);
+    narrow_row(buffer, std::get<std::uint16_t*>(values) + at, width);
   }
 }
 
@@ -246,55 +282,64 @@ void bias_gelu_backward(const float* grad, const float* x, const float* bias, fl
   add_parts(sums, width, grad_bias);
 }
 
-void residual_norm(const ResidualNorm& op, const float* x, const float* branch, const float* bias,
-                   float* out, float* normed, std::size_t threads) {
+void residual_norm(const ResidualNorm& op, const float* x, Values branch, const float* bias,
+                   float* out, MutableValues normed, std::size_t threads) {
   const std::vector<float> factor = branch_factor(op);
   const Rows rows(op);
   const Parts parts(op.num_samples * op.num_tokens);
   team_for(parts.count, threads, [&](std::size_t part) {
+    std::vector<float> buffer(op.width);
     for (std::size_t row = parts.begin(part); row < parts.end(part); ++row) {
       const float* read = x + row * op.width;
-      if (branch != nullptr) {
+      if (op.has_branch) {
         float* written = out + row * op.width;
         if (const std::ptrdiff_t at = rows.of_branch(row); at >= 0) {
-          add_row(read, branch + at, factor.data(), written, op.width);
+          const float* added =
+              read_row(branch, static_cast<std::size_t>(at), buffer.data(), op.width);
+          add_row(read, added, factor.data(), written, op.width);
         } else {
           std::copy_n(read, op.width, written);
         }
         read = written;
       }
-      if (const std::ptrdiff_t at = rows.of_norm(row); normed != nullptr && at >= 0) {
-        norm_row(read, op.weight, bias, op.eps, normed + at, op.width);
+      if (const std::ptrdiff_t at = rows.of_norm(row); op.weight != nullptr && at >= 0) {
+        write_row(normed, static_cast<std::size_t>(at), buffer.data(), op.width,
+                  [&](float* to) { norm_row(read, op.weight, bias, op.eps, to, op.width); });
       }
     }
   });
 }
 
-void residual_norm_backward(const ResidualNorm& op, const float* grad_out, const float* grad_normed,
-                            const float* read, const float* branch, const ResidualNormGrads& grads,
+void residual_norm_backward(const ResidualNorm& op, const float* grad_out, Values grad_normed,
+                            const float* read, Values branch, const ResidualNormGrads& grads,
                             std::size_t threads) {
   const std::vector<float> factor = branch_factor(op), zeros(op.width);
   const Rows rows(op);
   const Parts parts(op.num_samples * op.num_tokens);
   std::vector<float> sums(parts.count * 3 * op.width);
   team_for(parts.count, threads, [&](std::size_t part) {
+    std::vector<float> buffer(op.width);
     float* gamma_sum = sums.data() + part * 3 * op.width;
     float* weight_sum = gamma_sum + op.width;
     float* bias_sum = weight_sum + op.width;
     for (std::size_t row = parts.begin(part); row < parts.end(part); ++row) {
       const std::size_t here = row * op.width;
-      const float* from = branch == nullptr ? zeros.data() : grad_out + here;
+      const float* from = op.has_branch ? grad_out + here : zeros.data();
       float* grad = grads.x + here;
       if (const std::ptrdiff_t at = rows.of_norm(row); op.weight != nullptr && at >= 0) {
-        norm_backward_row(from, grad_normed + at, read + here, op.weight, op.eps, grad, weight_sum,
-                          bias_sum, op.width);
+        const float* of_norm =
+            read_row(grad_normed, static_cast<std::size_t>(at), buffer.data(), op.width);
+        norm_backward_row(from, of_norm, read + here, op.weight, op.eps, grad, weight_sum, bias_sum,
+                          op.width);
       } else {
         std::copy_n(from, op.width, grad);
       }
-      if (const std::ptrdiff_t at = rows.of_branch(row); branch != nullptr && at >= 0) {
-        scale_row(grad, factor.data(), grads.branch + at, op.width);
+      if (const std::ptrdiff_t at = rows.of_branch(row); op.has_branch && at >= 0) {
+        const auto place = static_cast<std::size_t>(at);
+        write_row(grads.branch, place, buffer.data(), op.width,
+                  [&](float* to) { scale_row(grad, factor.data(), to, op.width); });
         if (op.gamma != nullptr) {
-          gamma_row(grad, branch + at, gamma_sum, op.width);
+          gamma_row(grad, read_row(branch, place, buffer.data(), op.width), gamma_sum, op.width);
         }
       }
     }

@@ -35,7 +35,7 @@ namespace {
 constexpr std::size_t tile_rows = 16;      // of every tile
 constexpr std::size_t tile_elements = 32;  // bfloat16 in a row of a tile
 constexpr std::size_t tile_size = tile_rows * tile_elements;
-constexpr std::size_t num_rows = 2 * tile_rows;         // queries at a time
+constexpr std::size_t num_rows = 2 * tile_rows;         // of a product at a time: queries, or keys
 constexpr std::size_t num_keys = 256;                   // whose scores lie in the L1 cache
 constexpr std::size_t num_parts = 8;                    // of num_rows queries that share keys
 constexpr float log2_e_by_8 = 1.4426950408889634F / 8;  // exp(s / 8) = 2^(s log2_e_by_8)
@@ -50,15 +50,14 @@ struct alignas(64) Scratch {
 };
 
 struct Deleter {
-  void operator()(std::uint16_t* memory) const {
-    ::operator delete[](memory, std::align_val_t{64});
-  }
+  void operator()(void* memory) const { ::operator delete[](memory, std::align_val_t{64}); }
 };
-using Bits = std::unique_ptr<std::uint16_t[], Deleter>;
+template <typename T>
+using Aligned = std::unique_ptr<T[], Deleter>;
 
-Bits make_bits(std::size_t count) {
-  return Bits(static_cast<std::uint16_t*>(
-      ::operator new[](count * sizeof(std::uint16_t), std::align_val_t{64})));
+template <typename T>
+Aligned<T> make_aligned(std::size_t count) {
+  return Aligned<T>(static_cast<T*>(::operator new[](count * sizeof(T), std::align_val_t{64})));
 }
 
 struct TileConfig {
@@ -130,7 +129,7 @@ TAPCT_AVX512 void pack_values(const std::uint16_t* values, std::size_t stride,
   }
 }
 
-// Scores of 32 queries and `count` keys from `first` on.
+// Scores of 32 queries and `count` keys from `first` on. The backward has keys for queries.
 TAPCT_AMX void multiply_keys(const std::uint16_t* queries, const std::uint16_t* keys,
                              std::size_t first, std::size_t count, float* scores) {
   constexpr std::size_t query_bytes = head_width * sizeof(std::uint16_t);
@@ -235,17 +234,21 @@ TAPCT_AVX512 void take_exponentials(Scratch& scratch, std::size_t part, std::siz
   }
 }
 
+TAPCT_AVX512 void store_scaled(std::uint16_t* target, const float* row, float factor) {
+  const __m512 scale = _mm512_set1_ps(factor);
+  for (std::size_t i = 0; i < head_width; i += 32) {
+    store_narrow(target + i, _mm512_mul_ps(_mm512_loadu_ps(row + i), scale),
+                 _mm512_mul_ps(_mm512_loadu_ps(row + i + 16), scale));
+  }
+}
+
 TAPCT_AVX512 void write_rows(const Scratch& scratch, std::size_t count, std::uint16_t* out,
-                             std::size_t stride) {
+                             std::size_t stride, float* levels) {
   for (std::size_t row = 0; row < count; ++row) {
     const std::size_t part = row / num_rows, place = row % num_rows;
-    const float* sums = scratch.sums[part] + place * head_width;
-    const __m512 scale = _mm512_set1_ps(
-        1 / _mm512_reduce_add_ps(_mm512_loadu_ps(scratch.totals[part] + place * 16)));
-    for (std::size_t i = 0; i < head_width; i += 32) {
-      store_narrow(out + row * stride + i, _mm512_mul_ps(_mm512_loadu_ps(sums + i), scale),
-                   _mm512_mul_ps(_mm512_loadu_ps(sums + i + 16), scale));
-    }
+    const float total = _mm512_reduce_add_ps(_mm512_loadu_ps(scratch.totals[part] + place * 16));
+    store_scaled(out + row * stride, scratch.sums[part] + place * head_width, 1 / total);
+    levels[row] = scratch.largest[part][place] + std::log2(total);
   }
 }
 
@@ -258,6 +261,7 @@ struct Head {
   const std::uint16_t* values;
   std::uint16_t* out;
   std::size_t out_stride;
+  float* levels;
 };
 
 TAPCT_AMX void attend(const Head& head, std::size_t first, Scratch& scratch) {
@@ -289,7 +293,179 @@ TAPCT_AMX void attend(const Head& head, std::size_t first, Scratch& scratch) {
     }
   }
   _tile_release();
-  write_rows(scratch, count, head.out + first * head.out_stride, head.out_stride);
+  write_rows(scratch, count, head.out + first * head.out_stride, head.out_stride,
+             head.levels + first);
+}
+
+// Memory of one thread in the backward, which takes 32 keys at a time: their rows are queries.
+struct alignas(64) BackwardScratch {
+  float weights[num_rows * num_keys];  // scores, then the probabilities, bfloat16, in the same rows
+  float slopes[num_rows * num_keys];   // gradients of probabilities, then of scores, likewise
+  std::uint16_t pairs[num_rows * num_keys];  // the latter as the right operand of a product
+  float key_sums[num_rows * head_width], value_sums[num_rows * head_width];
+  std::uint16_t keys[num_rows * head_width], values[num_rows * head_width];
+  std::uint16_t packed[num_rows * head_width], turned[head_width * num_rows];  // keys
+  // Of all tokens of a head, and query_sums turned: a row is one of the 64 elements.
+  Aligned<std::uint16_t> query_columns, query_pairs, grad_columns, grad_pairs;
+  Aligned<float> query_sums, levels, deltas;
+};
+
+// With p = 2^(s log2_e_by_8 - level) the gradient of a score is p (dp - delta), but for 1 / 8.
+TAPCT_AVX512 void take_slopes(BackwardScratch& scratch, std::size_t first, std::size_t count,
+                              std::size_t keys) {
+  const __m512 scale = _mm512_set1_ps(log2_e_by_8);
+  for (std::size_t row = 0; row < num_rows; ++row) {
+    float* weights = scratch.weights + row * num_keys;
+    float* slopes = scratch.slopes + row * num_keys;
+    const __mmask16 is_key = row < keys ? 0xffff : 0;
+    for (std::size_t i = 0; i < count; i += 16) {
+      const __m512 level = _mm512_load_ps(scratch.levels.get() + first + i);
+      const __m512 delta = _mm512_load_ps(scratch.deltas.get() + first + i);
+      const __m512 weight = _mm512_maskz_mov_ps(
+          is_key, exp2_of(_mm512_fmsub_ps(_mm512_load_ps(weights + i), scale, level)));
+      const __m512 slope =
+          _mm512_maskz_mul_ps(is_key, weight, _mm512_sub_ps(_mm512_load_ps(slopes + i), delta));
+      const __m256bh weight_bits = _mm512_cvtneps_pbh(weight);
+      const __m256bh slope_bits = _mm512_cvtneps_pbh(slope);
+      std::memcpy(reinterpret_cast<std::uint16_t*>(weights) + i, &weight_bits, sizeof(weight_bits));
+      std::memcpy(reinterpret_cast<std::uint16_t*>(slopes) + i, &slope_bits, sizeof(slope_bits));
+    }
+  }
+  // For 16 queries a tile whose row r holds the keys 2r and 2r + 1.
+  const auto* bits = reinterpret_cast<const std::uint16_t*>(scratch.slopes);
+  constexpr std::size_t stride = 2 * num_keys;
+  for (std::size_t row = 0; row < num_rows; row += 2) {
+    for (std::size_t i = 0; i < count; i += 16) {
+      __m256i even, odd;
+      std::memcpy(&even, bits + row * stride + i, sizeof(even));
+      std::memcpy(&odd, bits + (row + 1) * stride + i, sizeof(odd));
+      const __m512i both = _mm512_or_si512(_mm512_cvtepu16_epi32(even),
+                                           _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
+      _mm512_store_si512(scratch.pairs + i * tile_elements + row / 2 * tile_elements, both);
+    }
+  }
+}
+
+// Adds the products of the turned keys with the slopes of `count` queries from `first` on.
+TAPCT_AMX void multiply_slopes(const BackwardScratch& scratch, std::size_t first, std::size_t count,
+                               std::size_t padded) {
+  const std::size_t sum_bytes = padded * sizeof(float);
+  for (std::size_t i = 0; i < count; i += 2 * tile_rows) {
+    _tile_loadd(6, scratch.pairs + i * tile_elements, 64);
+    _tile_loadd(7, scratch.pairs + (i + tile_rows) * tile_elements, 64);
+    for (std::size_t element = 0; element < head_width; element += 2 * tile_rows) {
+      float* target = scratch.query_sums.get() + element * padded + first + i;
+      float* below = target + tile_rows * padded;
+      _tile_loadd(0, target, sum_bytes);
+      _tile_loadd(1, target + tile_rows, sum_bytes);
+      _tile_loadd(2, below, sum_bytes);
+      _tile_loadd(3, below + tile_rows, sum_bytes);
+      _tile_loadd(4, scratch.turned + element * num_rows, 64);
+      _tile_loadd(5, scratch.turned + (element + tile_rows) * num_rows, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+      _tile_stored(0, target, sum_bytes);
+      _tile_stored(1, target + tile_rows, sum_bytes);
+      _tile_stored(2, below, sum_bytes);
+      _tile_stored(3, below + tile_rows, sum_bytes);
+    }
+  }
+}
+
+struct HeadBackward {
+  const std::uint16_t* queries;  // of the first token; the keys are `width` behind, then the values
+  const std::uint16_t* out;
+  const std::uint16_t* grad_out;
+  const float* levels;
+  std::uint16_t* grad;  // laid out as the queries are
+  std::size_t width;    // of a token of out
+  std::size_t num_tokens;
+  std::size_t padded;
+};
+
+TAPCT_AVX512 float dot(const std::uint16_t* a, const std::uint16_t* b) {
+  __m512 sum = _mm512_setzero_ps();
+  for (std::size_t i = 0; i < head_width; i += 16) {
+    sum = _mm512_fmadd_ps(load_wide(a + i), load_wide(b + i), sum);
+  }
+  return _mm512_reduce_add_ps(sum);
+}
+
+TAPCT_AVX512 void prepare_queries(const HeadBackward& head, BackwardScratch& scratch) {
+  const std::size_t tokens = head.num_tokens, padded = head.padded, width = head.width;
+  pack_keys(head.queries, 3 * width, tokens, padded, scratch.query_columns.get());
+  pack_values(head.queries, 3 * width, tokens, padded, scratch.query_pairs.get());
+  pack_keys(head.grad_out, width, tokens, padded, scratch.grad_columns.get());
+  pack_values(head.grad_out, width, tokens, padded, scratch.grad_pairs.get());
+  std::fill_n(scratch.query_sums.get(), head_width * padded, 0.0F);
+  std::copy_n(head.levels, tokens, scratch.levels.get());
+  for (std::size_t token = 0; token < tokens; ++token) {
+    scratch.deltas[token] = dot(head.out + token * width, head.grad_out + token * width);
+  }
+  // So high that no query has a probability there.
+  std::fill_n(scratch.levels.get() + tokens, padded - tokens, 1e30F);
+  std::fill_n(scratch.deltas.get() + tokens, padded - tokens, 0.0F);
+}
+
+TAPCT_AVX512 void prepare_keys(const HeadBackward& head, std::size_t first, std::size_t count,
+                               BackwardScratch& scratch) {
+  const std::size_t stride = 3 * head.width;
+  const auto* keys = head.queries + head.width + first * stride;
+  std::memset(scratch.keys, 0, sizeof(scratch.keys));
+  std::memset(scratch.values, 0, sizeof(scratch.values));
+  for (std::size_t key = 0; key < count; ++key) {
+    const auto* source = keys + key * stride;
+    std::copy_n(source, head_width, scratch.keys + key * head_width);
+    std::copy_n(source + head.width, head_width, scratch.values + key * head_width);
+  }
+  pack_keys(keys, stride, count, num_rows, scratch.packed);
+  for (std::size_t key = 0; key < num_rows; key += tile_rows) {
+    for (std::size_t element = 0; element < head_width; element += 2) {
+      const auto* tile = scratch.packed + (key / tile_rows * 2 + element / 32) * tile_size;
+      const __m512i both = _mm512_load_si512(tile + element % 32 / 2 * tile_elements);
+      const __m256i even = _mm512_cvtepi32_epi16(both);
+      const __m256i odd = _mm512_cvtepi32_epi16(_mm512_srli_epi32(both, 16));
+      std::memcpy(scratch.turned + element * num_rows + key, &even, sizeof(even));
+      std::memcpy(scratch.turned + (element + 1) * num_rows + key, &odd, sizeof(odd));
+    }
+  }
+  std::memset(scratch.key_sums, 0, sizeof(scratch.key_sums));
+  std::memset(scratch.value_sums, 0, sizeof(scratch.value_sums));
+}
+
+TAPCT_AMX void attend_backward(const HeadBackward& head, BackwardScratch& scratch) {
+  const std::size_t tokens = head.num_tokens, padded = head.padded, stride = 3 * head.width;
+  prepare_queries(head, scratch);
+  const TileConfig config;
+  _tile_loadconfig(&config);
+  for (std::size_t key = 0; key < tokens; key += num_rows) {
+    const std::size_t keys = std::min(num_rows, tokens - key);
+    prepare_keys(head, key, keys, scratch);
+    for (std::size_t query = 0; query < padded; query += num_keys) {
+      const std::size_t count = std::min(num_keys, padded - query);
+      multiply_keys(scratch.keys, scratch.query_columns.get(), query, count, scratch.weights);
+      multiply_keys(scratch.values, scratch.grad_columns.get(), query, count, scratch.slopes);
+      take_slopes(scratch, query, count, keys);
+      multiply_values(scratch.weights, scratch.grad_pairs.get(), query, count, scratch.value_sums);
+      multiply_values(scratch.slopes, scratch.query_pairs.get(), query, count, scratch.key_sums);
+      multiply_slopes(scratch, query, count, padded);
+    }
+    for (std::size_t i = 0; i < keys; ++i) {
+      auto* target = head.grad + head.width + (key + i) * stride;
+      store_scaled(target, scratch.key_sums + i * head_width, 1.0F / 8);
+      store_scaled(target + head.width, scratch.value_sums + i * head_width, 1);
+    }
+  }
+  _tile_release();
+  alignas(64) float row[head_width];
+  for (std::size_t token = 0; token < tokens; ++token) {
+    for (std::size_t i = 0; i < head_width; ++i) {
+      row[i] = scratch.query_sums[i * padded + token];
+    }
+    store_scaled(head.grad + token * stride, row, 1.0F / 8);
+  }
 }
 
 TAPCT_AVX512 void norm_row(float* x, const std::uint16_t* branch, const float* weight,
@@ -379,8 +555,9 @@ bool has_amx() {
   return is_there;
 }
 
-void attention_amx(const std::uint16_t* qkv, std::uint16_t* out, std::size_t num_volumes,
-                   std::size_t num_tokens, std::size_t num_heads, std::size_t threads) {
+void attention_amx(const std::uint16_t* qkv, std::uint16_t* out, float* levels,
+                   std::size_t num_volumes, std::size_t num_tokens, std::size_t num_heads,
+                   std::size_t threads) {
   if (!has_amx()) {
     throw std::runtime_error("attention_amx: this CPU has no AMX tiles of bfloat16");
   }
@@ -390,7 +567,8 @@ void attention_amx(const std::uint16_t* qkv, std::uint16_t* out, std::size_t num
   const std::size_t padded = (num_tokens + tile_elements - 1) / tile_elements * tile_elements;
   const std::size_t width = num_heads * head_width, stride = 3 * width;
   const std::size_t head_size = padded * head_width;
-  const Bits keys = make_bits(num_heads * head_size), values = make_bits(num_heads * head_size);
+  const auto keys = make_aligned<std::uint16_t>(num_heads * head_size);
+  const auto values = make_aligned<std::uint16_t>(num_heads * head_size);
   const std::size_t blocks = (num_tokens + num_parts * num_rows - 1) / (num_parts * num_rows);
   // One per item that may be at work at a time; each thread takes a free one.
   const std::size_t workers = std::max<std::size_t>(1, std::min(threads, num_heads * blocks));
@@ -414,11 +592,50 @@ void attention_amx(const std::uint16_t* qkv, std::uint16_t* out, std::size_t num
                         keys.get() + h * head_size,
                         values.get() + h * head_size,
                         out + volume * num_tokens * width + h * head_width,
-                        width};
+                        width,
+                        levels + (volume * num_heads + h) * num_tokens};
         attend(head, i % blocks * num_parts * num_rows, mine);
       }
     });
   }
+}
+
+void attention_amx_backward(const std::uint16_t* grad_out, const std::uint16_t* qkv,
+                            const std::uint16_t* out, const float* levels, std::uint16_t* grad_qkv,
+                            std::size_t num_volumes, std::size_t num_tokens, std::size_t num_heads,
+                            std::size_t threads) {
+  if (!has_amx()) {
+    throw std::runtime_error("attention_amx_backward: this CPU has no AMX tiles of bfloat16");
+  }
+  if (num_volumes == 0 || num_tokens == 0 || num_heads == 0) {
+    return;
+  }
+  const std::size_t padded = (num_tokens + tile_elements - 1) / tile_elements * tile_elements;
+  const std::size_t width = num_heads * head_width, items = num_volumes * num_heads;
+  const std::size_t workers = std::max<std::size_t>(1, std::min(threads, items));
+  const std::unique_ptr<BackwardScratch[]> scratch(new BackwardScratch[workers]);
+  for (std::size_t worker = 0; worker < workers; ++worker) {
+    BackwardScratch& mine = scratch[worker];
+    for (auto* bits :
+         {&mine.query_columns, &mine.query_pairs, &mine.grad_columns, &mine.grad_pairs}) {
+      *bits = make_aligned<std::uint16_t>(padded * head_width);
+    }
+    mine.query_sums = make_aligned<float>(padded * head_width);
+    mine.levels = make_aligned<float>(padded);
+    mine.deltas = make_aligned<float>(padded);
+  }
+  std::atomic<std::size_t> next{0}, worker{0};
+  team_for(workers, workers, [&](std::size_t) {
+    BackwardScratch& mine = scratch[worker++];
+    for (std::size_t i = next++; i < items; i = next++) {
+      const std::size_t at = i / num_heads * num_tokens * width + i % num_heads * head_width;
+      const std::size_t at_qkv =
+          i / num_heads * num_tokens * 3 * width + i % num_heads * head_width;
+      attend_backward({qkv + at_qkv, out + at, grad_out + at, levels + i * num_tokens,
+                       grad_qkv + at_qkv, width, num_tokens, padded},
+                      mine);
+    }
+  });
 }
 
 void add_norm(float* x, const std::uint16_t* branch, const float* weight, const float* bias,
@@ -452,9 +669,15 @@ void gelu(std::uint16_t* x, std::size_t count, std::size_t threads) {
 bool has_avx512_bf16() { return false; }
 bool has_amx() { return false; }
 
-void attention_amx(const std::uint16_t*, std::uint16_t*, std::size_t, std::size_t, std::size_t,
-                   std::size_t) {
+void attention_amx(const std::uint16_t*, std::uint16_t*, float*, std::size_t, std::size_t,
+                   std::size_t, std::size_t) {
   throw std::runtime_error("attention_amx: only on x86-64");
+}
+
+void attention_amx_backward(const std::uint16_t*, const std::uint16_t*, const std::uint16_t*,
+                            const float*, std::uint16_t*, std::size_t, std::size_t, std::size_t,
+                            std::size_t) {
+  throw std::runtime_error("attention_amx_backward: only on x86-64");
 }
 
 void add_norm(float*, const std::uint16_t*, const float*, const float*, float, std::uint16_t*,

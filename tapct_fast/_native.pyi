@@ -6,6 +6,8 @@ import numpy.typing as npt
 
 has_cuda: bool
 
+_FloatOrBits = npt.NDArray[np.float32] | npt.NDArray[np.uint16]  # of bfloat16
+
 class NiftiImage:
     # Raises TypeError: only read_nifti makes one.
     def __init__(self, *args: object, **kwargs: object) -> None: ...
@@ -173,7 +175,18 @@ def cuda_devices() -> list[str]: ...
 def has_amx() -> bool: ...
 def has_avx512_bf16() -> bool: ...
 def attention_amx(
-    qkv_NT3HK: npt.NDArray[np.uint16], out_NTHK: npt.NDArray[np.uint16], num_threads: int
+    qkv_NT3HK: npt.NDArray[np.uint16],
+    out_NTHK: npt.NDArray[np.uint16],
+    level_NHT: npt.NDArray[np.float32],
+    num_threads: int,
+) -> None: ...
+def attention_amx_backward(
+    grad_out_NTHK: npt.NDArray[np.uint16],
+    qkv_NT3HK: npt.NDArray[np.uint16],
+    out_NTHK: npt.NDArray[np.uint16],
+    level_NHT: npt.NDArray[np.float32],
+    grad_qkv_NT3HK: npt.NDArray[np.uint16],
+    num_threads: int,
 ) -> None: ...
 def add_norm(
     x_ND: npt.NDArray[np.float32],
@@ -201,7 +214,7 @@ def bias_gelu_backward(
 ) -> None: ...
 def residual_norm(
     x_NTD: npt.NDArray[np.float32],
-    branch_KTD: npt.NDArray[np.float32] | None,
+    branch_KTD: _FloatOrBits | None,
     gamma_D: npt.NDArray[np.float32] | None,
     weight_D: npt.NDArray[np.float32] | None,
     bias_D: npt.NDArray[np.float32] | None,
@@ -210,14 +223,14 @@ def residual_norm(
     scale: float,
     eps: float,
     out_NTD: npt.NDArray[np.float32] | None,
-    normed_JTD: npt.NDArray[np.float32] | None,
+    normed_JTD: _FloatOrBits | None,
     num_threads: int,
 ) -> None: ...
 def residual_norm_backward(
     grad_out_NTD: npt.NDArray[np.float32] | None,
-    grad_normed_JTD: npt.NDArray[np.float32] | None,
+    grad_normed_JTD: _FloatOrBits | None,
     read_NTD: npt.NDArray[np.float32],
-    branch_KTD: npt.NDArray[np.float32] | None,
+    branch_KTD: _FloatOrBits | None,
     gamma_D: npt.NDArray[np.float32] | None,
     weight_D: npt.NDArray[np.float32] | None,
     index_K: npt.NDArray[np.int64] | None,
@@ -225,7 +238,7 @@ def residual_norm_backward(
     scale: float,
     eps: float,
     grad_x_NTD: npt.NDArray[np.float32],
-    grad_branch_KTD: npt.NDArray[np.float32] | None,
+    grad_branch_KTD: _FloatOrBits | None,
     grads_3D: npt.NDArray[np.float32],
     num_threads: int,
 ) -> None: ...

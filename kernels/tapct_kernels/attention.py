@@ -6,8 +6,8 @@ A dispatch, not a kernel of ours: at head width 64 the exponentials bound every 
 and the best of them exist. ``choose_backend`` picks one per device type, dtype, head width and need
 of a gradient: the first of a list that computes a small attention correctly. It says which, in what
 version, and why every earlier one was passed over; whatever was chosen runs or raises.
-On the CPU that is PyTorch's flash kernel in the dtype given, or for inference in bfloat16 a kernel
-on AMX tiles where one was provided.
+On the CPU that is PyTorch's flash kernel in the dtype given, or in bfloat16 a kernel on AMX tiles
+where one was provided.
 flash-attn packages are optional and imported when first considered; see ``flash_attn``.
 Shape suffixes: N volumes, T tokens (of all sequences where they are packed), H heads, K head width.
 Source: arXiv:2205.14135 (FlashAttention), arXiv:2407.08608 (FlashAttention-3).
@@ -90,18 +90,17 @@ _provided: list[tuple[Callable[[Tensor], Tensor], str]] = []
 def provide_amx(kernel: Callable[[Tensor], Tensor], version: str) -> None:
     """Offer a kernel as the backend ``amx``: bfloat16 qkv_NT3HK of head width 64 to out_NTHK.
 
-    Like every backend it must pass the trial before it is chosen. tapct_fast calls this.
+    It must have a gradient and, like every backend, pass the trial before it is chosen. tapct_fast
+    calls this.
     """
     _provided[:] = [(kernel, version)]
     choose_backend.cache_clear()
     _dense_refusal.cache_clear()
 
 
-def _amx_refusal(dtype: torch.dtype, head_width: int, needs_grad: bool) -> str | None:
+def _amx_refusal(dtype: torch.dtype, head_width: int) -> str | None:
     if not _provided:
         return "no kernel was provided: this CPU has no AMX, or tapct_fast is not imported"
-    if needs_grad:
-        return "for inference only"
     if dtype != torch.bfloat16 or head_width != 64:
         return "takes bfloat16 and a head width of 64"
     return None
@@ -315,7 +314,7 @@ def _dense_refusal(
         return f"not a backend of {device_type}"
     if name in _MAJOR and (reason := package_refusal(_MAJOR[name])):
         return reason
-    if name == "amx" and (reason := _amx_refusal(dtype, head_width, needs_grad)):
+    if name == "amx" and (reason := _amx_refusal(dtype, head_width)):
         return reason
     if device_type == "meta":  # shapes without values
         return None

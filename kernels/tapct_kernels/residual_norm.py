@@ -11,13 +11,14 @@ norm is wanted, S partial sums, 3 gradients (gamma, weight, bias).
 Sums, statistics and gradients of parameters are float32 (float64 for float64 tokens); out has x's
 dtype, normed the one asked for. The backward keeps out, branch and the parameters, recomputes mean
 and deviation (the row is read anyway), and adds up parameters' gradients per program, then over
-programs, always in the same order. On the CPU, float32 tokens, parameters and norm take the kernels
-of whoever has called ``provide_cpu``, whatever the layout; all else is the eager definition.
+programs, always in the same order. On the CPU, float32 tokens and parameters take the kernels of
+whoever has called ``provide_cpu``, whatever the layout, with branch and norm in float32 or
+bfloat16; all else is the eager definition.
 Source: LayerNorm, arXiv:1607.06450; LayerScale, arXiv:2103.17239; drop path on a subset, DINOv2,
 arXiv:2304.07193 section 5.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -301,7 +302,7 @@ _cpu_kernels: list[tuple[Callable[..., None], Callable[..., None]]] = []
 
 
 def provide_cpu(forward: Callable[..., None], backward: Callable[..., None]) -> None:
-    """Offer kernels for the CPU that fill tensors of float32. tapct_fast calls this.
+    """Offer kernels for the CPU that fill tensors. tapct_fast calls this.
 
     Args:
         forward: Takes the op's operands up to ``eps``, contiguous, then out and normed.
@@ -311,9 +312,15 @@ def provide_cpu(forward: Callable[..., None], backward: Callable[..., None]) -> 
     _cpu_kernels[:] = [(forward, backward)]
 
 
-def _goes_native(dtype: torch.dtype, *tensors: Tensor | None) -> bool:
-    return bool(_cpu_kernels) and all(
-        t is None or (t.device.type == "cpu" and t.dtype == dtype == torch.float32) for t in tensors
+def _goes_native(
+    stream: Sequence[Tensor | None], branch_KTD: Tensor | None, dtype: torch.dtype
+) -> bool:
+    """Say whether the CPU's kernels take tokens and parameters, a branch, and a norm of a dtype."""
+    products = [dtype] if branch_KTD is None else [dtype, branch_KTD.dtype]
+    return (
+        bool(_cpu_kernels)
+        and all(t is None or (t.dtype == torch.float32 and t.device.type == "cpu") for t in stream)
+        and all(product in (torch.float32, torch.bfloat16) for product in products)
     )
 
 
@@ -354,10 +361,10 @@ def _op(
     bias_D: Tensor | None, index_K: Tensor | None, next_index_J: Tensor | None,
     scale: float, eps: float, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Return out and normed; Triton on CUDA, on the CPU a kernel for float32, else eager."""
+    """Return out and normed; Triton on CUDA, on the CPU a kernel where one fits, else eager."""
     operands = (x_NTD, branch_KTD, gamma_D, weight_D, bias_D, index_K, next_index_J)
     _check(*operands)
-    if _goes_native(dtype, *operands[:5]):
+    if _goes_native((x_NTD, gamma_D, weight_D, bias_D), branch_KTD, dtype):
         return _forward_cpu(*operands, scale, eps, dtype)
     return residual_norm_ref(*operands, scale, eps, dtype)
 
@@ -434,7 +441,9 @@ def _backward_op(
     ``read_NTD`` is what was normed: out, or x where there is no branch.
     """
     operands = (grad_out_NTD, grad_normed_JTD, read_NTD, branch_KTD, gamma_D, weight_D)
-    backward = _backward_cpu if _goes_native(read_NTD.dtype, *operands) else _backward_ref
+    stream = (grad_out_NTD, read_NTD, gamma_D, weight_D)
+    is_native = _goes_native(stream, branch_KTD, grad_normed_JTD.dtype)
+    backward = _backward_cpu if is_native else _backward_ref
     return backward(*operands, index_K, next_index_J, scale, eps)
 
 

@@ -1,11 +1,14 @@
-"""What a block needs on a CPU beside matrix products, for inference in bfloat16, natively.
+"""What a block needs on a CPU beside matrix products, in bfloat16, natively.
 
-PyTorch takes the branch, its sum, the norm and the cast in a pass each; these take one. Attention
-on AMX tiles is offered to ``tapct_kernels.attention``, which tries it before it chooses it. All run
-on PyTorch's own threads. Custom operators, so that a graph can hold them.
+For inference: PyTorch takes the branch, its sum, the norm and the cast in a pass each; these take
+one. Attention on AMX tiles, which has a gradient too, is offered to ``tapct_kernels.attention``,
+which tries it before it chooses it. All run on PyTorch's own threads. Custom operators, so that a
+graph can hold them.
 
 Shape suffixes: N volumes or rows, T tokens, H heads, K head width, D width.
 """
+
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,19 +30,58 @@ def runs_here(device: torch.device, dtype: torch.dtype, width: int) -> bool:
 
 
 @torch.library.custom_op("tapct::attention_amx", mutates_args=())
-def attention_amx(qkv_NT3HK: Tensor) -> Tensor:
-    """Return out_NTHK; see ``tapct_kernels.attention``. Contiguous bfloat16 of head width 64."""
+def _attention_amx(qkv_NT3HK: Tensor) -> tuple[Tensor, Tensor]:
+    """Return out_NTHK and the level_NHT, base 2, that the backward needs."""
     qkv_NT3HK = qkv_NT3HK.contiguous()
+    out_NTHK, level_NHT = _attention_outputs(qkv_NT3HK)
+    _native.attention_amx(
+        _bits(qkv_NT3HK), _bits(out_NTHK), level_NHT.numpy(), torch.get_num_threads()
+    )
+    return out_NTHK, level_NHT
+
+
+@_attention_amx.register_fake
+def _attention_outputs(qkv_NT3HK: Tensor) -> tuple[Tensor, Tensor]:
     volumes, tokens, _, heads, width = qkv_NT3HK.shape
-    out_NTHK = qkv_NT3HK.new_empty(volumes, tokens, heads, width)
-    _native.attention_amx(_bits(qkv_NT3HK), _bits(out_NTHK), torch.get_num_threads())
+    level_NHT = qkv_NT3HK.new_empty(volumes, heads, tokens, dtype=torch.float32)
+    return qkv_NT3HK.new_empty(volumes, tokens, heads, width), level_NHT
+
+
+@torch.library.custom_op("tapct::attention_amx_backward", mutates_args=())
+def _attention_amx_backward(
+    grad_out_NTHK: Tensor, qkv_NT3HK: Tensor, out_NTHK: Tensor, level_NHT: Tensor
+) -> Tensor:
+    grad_out_NTHK, qkv_NT3HK = grad_out_NTHK.contiguous(), qkv_NT3HK.contiguous()
+    grad_qkv_NT3HK = torch.empty_like(qkv_NT3HK)
+    _native.attention_amx_backward(
+        *(_bits(grad_out_NTHK), _bits(qkv_NT3HK), _bits(out_NTHK), level_NHT.numpy()),
+        *(_bits(grad_qkv_NT3HK), torch.get_num_threads()),
+    )
+    return grad_qkv_NT3HK
+
+
+@_attention_amx_backward.register_fake
+def _(_grad_out_NTHK: Tensor, qkv_NT3HK: Tensor, *_: Tensor) -> Tensor:
+    return torch.empty_like(qkv_NT3HK, memory_format=torch.contiguous_format)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx: Any, grad_out_NTHK: Tensor, _: Tensor) -> Tensor:
+    grad_qkv_NT3HK: Tensor = _attention_amx_backward(grad_out_NTHK, *ctx.saved_tensors)
+    return grad_qkv_NT3HK
+
+
+_attention_amx.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+def attention_amx(qkv_NT3HK: Tensor) -> Tensor:
+    """Return out_NTHK; see ``tapct_kernels.attention``. bfloat16 of head width 64."""
+    out_NTHK: Tensor = _attention_amx(qkv_NT3HK)[0]
     return out_NTHK
-
-
-@attention_amx.register_fake
-def _(qkv_NT3HK: Tensor) -> Tensor:
-    volumes, tokens, _, heads, width = qkv_NT3HK.shape
-    return qkv_NT3HK.new_empty(volumes, tokens, heads, width)
 
 
 @torch.library.custom_op("tapct::add_norm", mutates_args=("x_NTD",))
@@ -109,7 +151,7 @@ def packed_linear(x: Tensor, packed: Tensor, bias_O: Tensor) -> Tensor:
 
 
 def _bits(x: Tensor) -> NDArray[np.uint16]:
-    bits: NDArray[np.uint16] = x.view(torch.uint16).numpy()
+    bits: NDArray[np.uint16] = x.detach().view(torch.uint16).numpy()
     return bits
 
 

@@ -1,9 +1,10 @@
-"""What a block needs on a CPU beside matrix products in float32, for training, natively.
+"""What a block needs on a CPU beside matrix products, for training in float32, natively.
 
 PyTorch takes a pass each for the bias of a linear layer, the GELU behind it, their gradients and
 the sum over rows that is the bias's; these take one forward and one backward. ``residual_norm`` of
-``tapct_kernels`` gets its kernels for the CPU from here. All run on PyTorch's own threads and give
-the same bits for any number of them.
+``tapct_kernels`` gets its kernels for the CPU from here, which take branch and norm in bfloat16
+too, as they are under autocast. All run on PyTorch's own threads and give the same bits for any
+number of them.
 
 Shape suffixes: N samples or rows, T tokens, D width, K J listed samples.
 """
@@ -68,7 +69,8 @@ bias_gelu.register_autograd(_backward, setup_context=_save_for_backward)
 
 
 def _array(x: Tensor) -> NDArray[Any]:
-    array: NDArray[Any] = x.detach().numpy()
+    x = x.detach()
+    array: NDArray[Any] = (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy()
     return array
 
 

@@ -166,6 +166,11 @@ def sample(form: str, width: int, tokens: int = 5) -> list[Any]:
     return [*operands[form], SCALE, EPS, torch.float32]
 
 
+def is_native(inputs: list[Any]) -> bool:
+    x_NTD, branch_KTD, *parameters = inputs[:5]
+    return bool(op._goes_native([x_NTD, *parameters], branch_KTD, inputs[-1]))
+
+
 def in_float64(inputs: list[Any]) -> list[Any]:
     doubles = [i.double() if torch.is_tensor(i) and i.is_floating_point() else i for i in inputs]
     return [*doubles[:-1], torch.float64]
@@ -191,7 +196,7 @@ def test_residual_norm_matches_the_definition_in_float64(
     form: str, width: int, tokens: int
 ) -> None:
     inputs = sample(form, width, tokens)
-    assert op._goes_native(torch.float32, *inputs[:5])
+    assert is_native(inputs)
     found = results(op._op, op._backward_op, inputs)
     expected = results(op.residual_norm_ref, op._backward_ref, in_float64(inputs))
     for one, other in zip(found, expected, strict=True):
@@ -203,6 +208,39 @@ def test_residual_norm_matches_the_definition_in_float64(
             torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=4e-5)
         else:
             torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.usefixtures("_nan_outputs")
+@pytest.mark.parametrize("width", [20, 384])
+@pytest.mark.parametrize("form", FORMS)
+def test_branch_and_norm_may_be_bfloat16(form: str, width: int) -> None:
+    inputs = sample(form, width, 41)
+    if inputs[1] is not None:
+        inputs[1] = inputs[1].bfloat16()
+    for dtype in (torch.bfloat16, torch.float32):
+        inputs[-1] = dtype
+        assert is_native(inputs)
+        found = results(op._op, op._backward_op, inputs)
+        eager = results(op.residual_norm_ref, op._backward_ref, inputs)
+        for one, other in zip(found, eager, strict=True):
+            assert one.dtype == other.dtype
+            assert one.is_contiguous()
+            # A sum that lies between two bfloat16 may end as either.
+            rtol = 2**-7 if one.dtype == torch.bfloat16 else 1e-5
+            torch.testing.assert_close(one, other, rtol=rtol, atol=4e-5)
+            if one.dtype == torch.bfloat16:
+                assert (one != other).sum() <= one.numel() / 100
+
+
+def test_what_is_not_finite_stays_so_in_bfloat16() -> None:
+    inputs = sample("all rows", 32)
+    inputs[1], inputs[-1] = inputs[1].bfloat16(), torch.bfloat16
+    # The NaN whose rounding would end in zero, and the sum that rounds up to infinity.
+    inputs[0].view(torch.int32)[0, 0, 0] = 0x7FFFFFFF
+    inputs[4][:] = 3.4e38
+    normed_NTD = op._op(*inputs)[1]
+    assert normed_NTD[0, 0].isnan().all()
+    assert normed_NTD[1:].isinf().all()
 
 
 @pytest.mark.parametrize("layout", ["transposed", "stride 0"])
@@ -270,13 +308,20 @@ def test_any_number_of_threads_gives_the_same_bits() -> None:
                 assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("norm", [torch.float64, torch.bfloat16, torch.float16])
-def test_other_dtypes_take_the_eager_definition(norm: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("stream", "norm"),
+    [
+        (torch.float64, torch.float64),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float32, torch.float16),
+    ],
+    ids=str,
+)
+def test_other_dtypes_take_the_eager_definition(stream: torch.dtype, norm: torch.dtype) -> None:
     inputs = sample("row subset", 24)
-    stream = norm if norm == torch.float64 else torch.float32
     inputs = [i.to(stream) if torch.is_tensor(i) and i.is_floating_point() else i for i in inputs]
     inputs[-1] = norm
-    assert not op._goes_native(norm, *inputs[:5])
+    assert not is_native(inputs)
     found = results(op._op, op._backward_op, inputs)
     expected = results(op.residual_norm_ref, op._backward_ref, inputs)
     for one, other in zip(found, expected, strict=True):

@@ -6,8 +6,13 @@
 #include <cstddef>
 #include <cstdint>
 #include <span>
+#include <variant>
 
 namespace tapct {
+
+// Of float32, or the bits of bfloat16: what a matrix product takes and gives.
+using Values = std::variant<const float*, const std::uint16_t*>;
+using MutableValues = std::variant<float*, std::uint16_t*>;
 
 // out = z Phi(z) with z = x + bias, for rows of `width`; what is NaN in PyTorch (at minus infinity)
 // is NaN here. Backward: grad_x = grad (Phi(z) + z phi(z)), and grad_bias, its sum over the rows.
@@ -23,28 +28,30 @@ struct Listed {
   std::span<const std::int64_t> samples;
 };
 
-// The op `tapct::residual_norm` of tapct_kernels, which defines it. Null are branch and out where
-// there is no branch, gamma where it is one, weight, bias and normed where there is no norm.
+// The op `tapct::residual_norm` of tapct_kernels, which defines it. Not read are branch and out
+// where there is no branch, bias and normed where there is no norm: its weight is null. So is a
+// gamma of 1.
 struct ResidualNorm {
   std::size_t num_samples, num_tokens, width;
   Listed with_branch, with_norm;
   float scale, eps;
+  bool has_branch;
   const float* gamma;
   const float* weight;
 };
 
-void residual_norm(const ResidualNorm& op, const float* x, const float* branch, const float* bias,
-                   float* out, float* normed, std::size_t threads);
+void residual_norm(const ResidualNorm& op, const float* x, Values branch, const float* bias,
+                   float* out, MutableValues normed, std::size_t threads);
 
 // `read` is what was normed. The gradients of gamma, weight and bias are three rows of grads_3D.
 struct ResidualNormGrads {
   float* x;
-  float* branch;
+  MutableValues branch;
   float* parameters_3D;
 };
 
-void residual_norm_backward(const ResidualNorm& op, const float* grad_out, const float* grad_normed,
-                            const float* read, const float* branch, const ResidualNormGrads& grads,
+void residual_norm_backward(const ResidualNorm& op, const float* grad_out, Values grad_normed,
+                            const float* read, Values branch, const ResidualNormGrads& grads,
                             std::size_t threads);
 
 }  // namespace tapct

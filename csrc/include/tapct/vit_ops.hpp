@@ -14,10 +14,18 @@ bool has_avx512_bf16();
 bool has_amx();
 
 // out[n, t, h] = sum_s softmax_s(q . k / 8) v of qkv (N, T, 3, H, 64); out is (N, T, H, 64).
-// Sums in float32, probabilities rounded to bfloat16. Needs has_amx.
-// Source: the tiling of FlashAttention-2, arXiv:2307.08691.
-void attention_amx(const std::uint16_t* qkv, std::uint16_t* out, std::size_t num_volumes,
-                   std::size_t num_tokens, std::size_t num_heads, std::size_t threads);
+// Sums in float32, probabilities rounded to bfloat16. levels (N, H, T) is log2 sum_s exp(q . k /
+// 8), which the backward needs. Needs has_amx. Source: the tiling of FlashAttention-2,
+// arXiv:2307.08691.
+void attention_amx(const std::uint16_t* qkv, std::uint16_t* out, float* levels,
+                   std::size_t num_volumes, std::size_t num_tokens, std::size_t num_heads,
+                   std::size_t threads);
+
+// The gradient of qkv, probabilities computed again; gradients of scores rounded to bfloat16.
+void attention_amx_backward(const std::uint16_t* grad_out, const std::uint16_t* qkv,
+                            const std::uint16_t* out, const float* levels, std::uint16_t* grad_qkv,
+                            std::size_t num_volumes, std::size_t num_tokens, std::size_t num_heads,
+                            std::size_t threads);
 
 // x += branch in place, and out = LayerNorm(x) weight + bias, for num_rows rows of `width`, a
 // multiple of 16. Without a branch (null) x stays. Needs has_avx512_bf16.
