@@ -69,12 +69,11 @@ from tapct_fast.recipes import debug
 NOMINAL_TFLOPS = 989.5  # bfloat16, dense: NVIDIA's sheets of H100 SXM and H200
 NUM_CHECKED = 3  # steps
 LARGEST_BATCH = 256
-PRODUCTS = frozenset(
-    f"aten::{name}"
-    for name in (
-        *("mm", "addmm", "bmm", "baddbmm", "_scaled_dot_product_flash_attention_for_cpu"),
-        "_scaled_dot_product_flash_attention_for_cpu_backward",
-    )
+PRODUCTS = (
+    *("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"),
+    *(f"aten::_scaled_dot_product_flash_attention_for_cpu{end}" for end in ("", "_backward")),
+    *("tapct::attention_amx", "tapct::attention_amx_backward"),
+    "GeneratedBackwardFor_tapct_attention_amx_default",  # its forward, where a gradient is wanted
 )
 
 
