@@ -190,7 +190,8 @@ def choose_backend(
     """Return the device of a run and the dtype of its matrix products.
 
     ``train.precision=auto`` is bfloat16 on CUDA devices that have it and float32 elsewhere: CPUs
-    without bfloat16 units emulate it at a fraction of the speed. What ``fp8`` leaves is bfloat16.
+    without bfloat16 units emulate it at a fraction of the speed, and a run that moves between them
+    and those with AMX keeps its numbers. What ``fp8`` leaves is bfloat16.
 
     Raises:
         InputError: There is no such device, or it cannot do ``fp8``.
