@@ -349,7 +349,7 @@ class TrainConfig:
     group_size: int = 8  # samples that share masks, drop path's rows and KoLeo's neighbours
     accumulate: int = 1  # micro-batches per step and process
     seed: int = 0
-    # auto: bf16 where the device has it; fp8: bf16, and float8 in the linear layers of blocks
+    # auto: bf16 on CUDA, fp32 on a CPU; fp8: bf16, and float8 in the linear layers of blocks
     precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
     compile: Literal["auto", "on", "off", "cuda-graphs"] = "auto"  # auto: on with CUDA
     checkpointing: Literal["none", "selective", "full"] = "none"  # activations computed twice

@@ -302,7 +302,9 @@ def override(config: Config, values: Mapping[str, str]) -> Config:
         if not isinstance(node, dict) or leaf not in node:
             near = get_close_matches(name, settings(config), n=1, cutoff=0.0)[0]
             raise ConfigError(f"unknown setting {name}; nearest is {near}")
-        node[leaf] = _value(text, is_list=isinstance(node[leaf], list))
+        # Of a setting that is a word, "none" is a word.
+        is_word = isinstance(node[leaf], str) and text == "none"
+        node[leaf] = text if is_word else _value(text, is_list=isinstance(node[leaf], list))
     return from_json(Config, json.dumps(tree))
 
 

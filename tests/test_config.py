@@ -48,6 +48,13 @@ def test_an_override_changes_one_setting_and_keeps_the_rest() -> None:
     assert changed.train == recipes.debug().train
 
 
+def test_none_of_a_setting_that_is_a_word_is_a_word() -> None:
+    config = recipes.override(recipes.debug(), {"train.checkpointing": "full"})
+    assert recipes.override(config, {"train.checkpointing": "none"}) == recipes.debug()
+    with pytest.raises(ConfigError, match=r"vit\.ffn='none' is not one of 'mlp', 'swiglu'"):
+        recipes.override(config, {"vit.ffn": "none"})
+
+
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
