@@ -5,8 +5,8 @@ On CUDA in bfloat16: views of 437 tokens (local), 2,357 (global), and whole volu
 are the seven products that are executed, one of them a recomputation. ``absent`` says why a backend
 did not run. Eager and compiled stop where their scores would take gigabytes.
 On the CPU one volume, width 384 (two heads of it at 12,549 tokens), in float32 and bfloat16, the
-latter on AMX tiles where this CPU has them, with PyTorch's kernel as a rival, in inference beside
-another: chunks of queries by bfloat16 products, softmax in between. They share a row, so all
+latter on AMX tiles where this CPU has them, with PyTorch's kernel as a rival in both, in inference
+beside another: chunks of queries by bfloat16 products, softmax in between. They share a row, so all
 operands are bfloat16 numbers and the errors differ with the arithmetic alone. Views of a training
 run on a CPU are short and many: 64 of 37 tokens.
 The packed rows compare ``attention_varlen`` with one dense call per window.
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from bench.harness import Case, Device, Work, compiled, op_bench
-from tapct_fast.model import cpu_ops  # noqa: F401 - provides the backend "amx"
+from tapct_fast.model import cpu_attention  # noqa: F401 - provides "amx" and "avx"
 from tapct_kernels.attention import (
     BackendName,
     VarlenName,
@@ -129,6 +129,7 @@ def _work(shape_NTH: tuple[int, int, int], device: Device, is_tiny: bool, kind: 
     absent = {}
     if device == "cpu":
         calls["tapct attention, float32"] = (attention, qkv_float)
+        calls["sdpa flash, float32"] = (partial(attention, backend="sdpa flash"), qkv_float)
         if chosen.name != "sdpa flash":
             calls["sdpa flash"] = (partial(attention, backend="sdpa flash"), qkv)
         if not is_step:
@@ -201,7 +202,7 @@ def _packed_work(lengths: tuple[int, ...], num_heads: int, device: Device) -> Wo
 
 SOURCES = [
     *("kernels/tapct_kernels/attention.py", "kernels/tapct_kernels/flash_attn.py"),
-    *("csrc/vit_ops.cpp", "csrc/team.cpp"),  # amx
+    *("csrc/vit_ops.cpp", "csrc/attention_avx.cpp", "csrc/team.cpp"),  # amx and avx
 ]
 main = op_bench(__file__, SOURCES, cases)
 

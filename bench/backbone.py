@@ -46,7 +46,7 @@ from tapct_fast.model.vit import Vit
 from tapct_kernels import choose_backend
 
 SOURCES = [
-    *("csrc/vit_ops.cpp", "csrc/team.cpp", "bench/backbone_rivals.py"),
+    *("csrc/vit_ops.cpp", "csrc/attention_avx.cpp", "csrc/team.cpp", "bench/backbone_rivals.py"),
     *(f"tapct_fast/model/{name}.py" for name in ("frozen", "cpu_ops", "vit", "block")),
     "kernels/tapct_kernels/attention.py",
 ]

@@ -72,8 +72,8 @@ LARGEST_BATCH = 256
 PRODUCTS = (
     *("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"),
     *(f"aten::_scaled_dot_product_flash_attention_for_cpu{end}" for end in ("", "_backward")),
-    *("tapct::attention_amx", "tapct::attention_amx_backward"),
-    "GeneratedBackwardFor_tapct_attention_amx_default",  # its forward, where a gradient is wanted
+    *("tapct::attention_cpu", "tapct::attention_cpu_backward"),
+    "GeneratedBackwardFor_tapct_attention_cpu_default",  # its forward, where a gradient is wanted
 )
 
 

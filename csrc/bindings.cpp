@@ -11,10 +11,12 @@
 #include <optional>
 #include <span>
 #include <stdexcept>
+#include <string>
 #include <string_view>
 #include <system_error>
 #include <variant>
 
+#include "tapct/attention_avx.hpp"
 #include "tapct/b2nd.hpp"
 #include "tapct/box_reader.hpp"
 #include "tapct/deflate.hpp"
@@ -431,44 +433,57 @@ void define_render_views(py::module_& m) {
 
 using Bf16 = py::array_t<std::uint16_t, py::array::c_style>;
 
-std::array<std::size_t, 3> attention_shape(const Bf16& qkv_NT3HK, const Bf16& out_NTHK,
+template <typename Array>
+std::array<std::size_t, 3> attention_shape(const Array& qkv_NT3HK, const Array& out_NTHK,
                                            const Params& level_NHT) {
-  const auto shape = shape_of<5>(qkv_NT3HK, "attention_amx: qkv_NT3HK must have five axes");
-  const auto out = shape_of<4>(out_NTHK, "attention_amx: out_NTHK must have four axes");
-  const auto level = shape_of<3>(level_NHT, "attention_amx: level_NHT must have three axes");
+  const auto shape = shape_of<5>(qkv_NT3HK, "attention: qkv_NT3HK must have five axes");
+  const auto out = shape_of<4>(out_NTHK, "attention: out_NTHK must have four axes");
+  const auto level = shape_of<3>(level_NHT, "attention: level_NHT must have three axes");
   const auto [volumes, tokens, three, heads, width] = shape;
   if (three != 3 || width != tapct::head_width ||
       out != std::array<std::size_t, 4>{volumes, tokens, heads, width} ||
       level != std::array<std::size_t, 3>{volumes, heads, tokens}) {
     throw std::invalid_argument(
-        "attention_amx: the arrays are not (N, T, 3, H, 64), (N, T, H, 64), (N, H, T)");
+        "attention: the arrays are not (N, T, 3, H, 64), (N, T, H, 64), (N, H, T)");
   }
   return {volumes, tokens, heads};
 }
 
-void attention_amx(const Bf16& qkv_NT3HK, Bf16& out_NTHK, Params& level_NHT,
-                   std::size_t num_threads) {
+template <typename Array, auto kernel, typename... Options>
+void attention(const Array& qkv_NT3HK, Array& out_NTHK, Params& level_NHT, std::size_t num_threads,
+               Options... options) {
   const auto [volumes, tokens, heads] = attention_shape(qkv_NT3HK, out_NTHK, level_NHT);
-  const std::uint16_t* qkv = qkv_NT3HK.data();
-  std::uint16_t* out = out_NTHK.mutable_data();
+  const auto* qkv = qkv_NT3HK.data();
+  auto* out = out_NTHK.mutable_data();
   float* levels = level_NHT.mutable_data();
   const py::gil_scoped_release release;
-  tapct::attention_amx(qkv, out, levels, volumes, tokens, heads, num_threads);
+  kernel(qkv, out, levels, volumes, tokens, heads, num_threads, options...);
 }
 
-void attention_amx_backward(const Bf16& grad_out_NTHK, const Bf16& qkv_NT3HK, const Bf16& out_NTHK,
-                            const Params& level_NHT, Bf16& grad_qkv_NT3HK,
-                            std::size_t num_threads) {
+template <typename Array, auto kernel, typename... Options>
+void attention_backward(const Array& grad_out_NTHK, const Array& qkv_NT3HK, const Array& out_NTHK,
+                        const Params& level_NHT, Array& grad_qkv_NT3HK, std::size_t num_threads,
+                        Options... options) {
   const auto [volumes, tokens, heads] = attention_shape(qkv_NT3HK, out_NTHK, level_NHT);
   attention_shape(grad_qkv_NT3HK, grad_out_NTHK, level_NHT);
-  const std::uint16_t* grad_out = grad_out_NTHK.data();
-  const std::uint16_t* qkv = qkv_NT3HK.data();
-  const std::uint16_t* out = out_NTHK.data();
+  const auto* grad_out = grad_out_NTHK.data();
+  const auto* qkv = qkv_NT3HK.data();
+  const auto* out = out_NTHK.data();
   const float* levels = level_NHT.data();
-  std::uint16_t* grad_qkv = grad_qkv_NT3HK.mutable_data();
+  auto* grad_qkv = grad_qkv_NT3HK.mutable_data();
   const py::gil_scoped_release release;
-  tapct::attention_amx_backward(grad_out, qkv, out, levels, grad_qkv, volumes, tokens, heads,
-                                num_threads);
+  kernel(grad_out, qkv, out, levels, grad_qkv, volumes, tokens, heads, num_threads, options...);
+}
+
+template <typename Array, auto forward, auto backward, typename... Options>
+void define_attention(py::module_& m, const std::string& name, const auto&... options) {
+  m.def(name.c_str(), &attention<Array, forward, Options...>, py::arg("qkv_NT3HK").noconvert(),
+        py::arg("out_NTHK").noconvert(), py::arg("level_NHT").noconvert(), py::arg("num_threads"),
+        options...);
+  m.def((name + "_backward").c_str(), &attention_backward<Array, backward, Options...>,
+        py::arg("grad_out_NTHK").noconvert(), py::arg("qkv_NT3HK").noconvert(),
+        py::arg("out_NTHK").noconvert(), py::arg("level_NHT").noconvert(),
+        py::arg("grad_qkv_NT3HK").noconvert(), py::arg("num_threads"), options...);
 }
 
 void add_norm(Params& x_ND, const std::optional<Bf16>& branch_ND, const Params& weight_D,
@@ -652,13 +667,11 @@ PYBIND11_MODULE(_native, m) {
   py::register_exception_translator(&translate);
   m.attr("has_cuda") = static_cast<bool>(TAPCT_HAS_CUDA);
   m.def("has_amx", &tapct::has_amx);
+  m.def("has_avx2", &tapct::has_avx2);
   m.def("has_avx512_bf16", &tapct::has_avx512_bf16);
-  m.def("attention_amx", &attention_amx, py::arg("qkv_NT3HK").noconvert(),
-        py::arg("out_NTHK").noconvert(), py::arg("level_NHT").noconvert(), py::arg("num_threads"));
-  m.def("attention_amx_backward", &attention_amx_backward, py::arg("grad_out_NTHK").noconvert(),
-        py::arg("qkv_NT3HK").noconvert(), py::arg("out_NTHK").noconvert(),
-        py::arg("level_NHT").noconvert(), py::arg("grad_qkv_NT3HK").noconvert(),
-        py::arg("num_threads"));
+  define_attention<Bf16, tapct::attention_amx, tapct::attention_amx_backward>(m, "attention_amx");
+  define_attention<Params, tapct::attention_avx, tapct::attention_avx_backward, std::size_t>(
+      m, "attention_avx", py::arg("lanes") = 0);
   m.def("add_norm", &add_norm, py::arg("x_ND").noconvert(), py::arg("branch_ND").noconvert(),
         py::arg("weight_D").noconvert(), py::arg("bias_D").noconvert(), py::arg("eps"),
         py::arg("out_ND").noconvert(), py::arg("num_threads"));

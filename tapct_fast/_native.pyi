@@ -172,6 +172,7 @@ class BoxReader:
 def inflate_backend() -> str: ...
 def blosc2_version() -> str: ...
 def cuda_devices() -> list[str]: ...
+def has_avx2() -> bool: ...
 def has_amx() -> bool: ...
 def has_avx512_bf16() -> bool: ...
 def attention_amx(
@@ -187,6 +188,22 @@ def attention_amx_backward(
     level_NHT: npt.NDArray[np.float32],
     grad_qkv_NT3HK: npt.NDArray[np.uint16],
     num_threads: int,
+) -> None: ...
+def attention_avx(
+    qkv_NT3HK: npt.NDArray[np.float32],
+    out_NTHK: npt.NDArray[np.float32],
+    level_NHT: npt.NDArray[np.float32],
+    num_threads: int,
+    lanes: int = 0,
+) -> None: ...
+def attention_avx_backward(
+    grad_out_NTHK: npt.NDArray[np.float32],
+    qkv_NT3HK: npt.NDArray[np.float32],
+    out_NTHK: npt.NDArray[np.float32],
+    level_NHT: npt.NDArray[np.float32],
+    grad_qkv_NT3HK: npt.NDArray[np.float32],
+    num_threads: int,
+    lanes: int = 0,
 ) -> None: ...
 def add_norm(
     x_ND: npt.NDArray[np.float32],

@@ -147,7 +147,7 @@ def _attention(device_type: str) -> list[Finding]:
     dtype = torch.float32
     if device_type == "cuda" and torch.cuda.is_bf16_supported():
         dtype = torch.bfloat16
-    import tapct_fast.model.cpu_ops  # noqa: F401 - offers its kernel
+    import tapct_fast.model.cpu_attention  # noqa: F401 - offers its kernels
 
     rows = []
     for name, chosen in (

@@ -18,11 +18,11 @@ def state_of(name: str) -> str:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the choice of a machine without a GPU")
 def test_doctor_names_the_chosen_attention_and_its_version() -> None:
-    assert state_of("attention").startswith(f"sdpa flash (torch {torch.__version__}) (passed over")
-    expected = (
-        "amx (tapct_fast)" if _native.has_amx() else f"sdpa flash (torch {torch.__version__})"
-    )
-    assert state_of("attention, bf16 inference").startswith(expected)
+    of_torch = f"sdpa flash (torch {torch.__version__})"
+    fp32 = "avx (tapct_fast)" if _native.has_avx2() else of_torch
+    bf16 = "amx (tapct_fast)" if _native.has_amx() else of_torch
+    assert state_of("attention").startswith(f"{fp32} (passed over amx: ")
+    assert state_of("attention, bf16 inference").startswith(bf16)
     assert state_of("attention, mixed lengths") == f"dense (torch {torch.__version__})"
 
 

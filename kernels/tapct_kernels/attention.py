@@ -6,8 +6,8 @@ A dispatch, not a kernel of ours: at head width 64 the exponentials bound every 
 and the best of them exist. ``choose_backend`` picks one per device type, dtype, head width and need
 of a gradient: the first of a list that computes a small attention correctly. It says which, in what
 version, and why every earlier one was passed over; whatever was chosen runs or raises.
-On the CPU that is PyTorch's flash kernel in the dtype given, or in bfloat16 a kernel on AMX tiles
-where one was provided.
+On the CPU that is a kernel that was provided, on AMX tiles in bfloat16 or by AVX in float32, or
+PyTorch's flash kernel in the dtype given.
 flash-attn packages are optional and imported when first considered; see ``flash_attn``.
 Shape suffixes: N volumes, T tokens (of all sequences where they are packed), H heads, K head width.
 Source: arXiv:2205.14135 (FlashAttention), arXiv:2407.08608 (FlashAttention-3).
@@ -36,8 +36,10 @@ from tapct_kernels.flash_attn import (
 )
 from tapct_kernels.inductor import register_fallbacks
 
+ProvidedName = Literal["amx", "avx"]  # see ``provide``
 BackendName = Literal[
-    "amx",  # of whoever has called provide_amx
+    "amx",
+    "avx",
     "flash-attn 3",
     "sdpa cudnn",
     "sdpa flash",
@@ -49,10 +51,10 @@ BackendName = Literal[
 VarlenName = Literal["flash-attn 3", "torch varlen", "flash-attn 2", "dense"]
 
 _DENSE: Mapping[str, tuple[BackendName, ...]] = {
-    "cpu": ("amx", "sdpa flash", "sdpa math"),
+    "cpu": ("amx", "avx", "sdpa flash", "sdpa math"),
     # flash and efficient SDPA follow cuDNN where its version or the GPU is older; the efficient one
     # is the first to take float32, the math one float64.
-    "cuda": get_args(BackendName)[1:-1],
+    "cuda": get_args(BackendName)[2:-1],
 }
 _VARLEN: Mapping[str, tuple[VarlenName, ...]] = {"cuda": get_args(VarlenName)}
 _SDPA = {
@@ -83,26 +85,29 @@ class Trial(NamedTuple):
     refusal: str | None
 
 
-# Of "amx": a kernel for bfloat16 on CPUs with AMX, which this library, being Python, cannot hold.
-_provided: list[tuple[Callable[[Tensor], Tensor], str]] = []
+# Kernels for CPUs, which this library, being Python, cannot hold, and what each of them takes.
+_provided: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {}
+_TAKES: Mapping[str, torch.dtype] = {"amx": torch.bfloat16, "avx": torch.float32}
 
 
-def provide_amx(kernel: Callable[[Tensor], Tensor], version: str) -> None:
-    """Offer a kernel as the backend ``amx``: bfloat16 qkv_NT3HK of head width 64 to out_NTHK.
+def provide(name: ProvidedName, kernel: Callable[[Tensor], Tensor], version: str) -> None:
+    """Offer a kernel as a backend: qkv_NT3HK of head width 64 to out_NTHK on the CPU.
 
-    It must have a gradient and, like every backend, pass the trial before it is chosen. tapct_fast
-    calls this.
+    In bfloat16 it is ``amx``, in float32 ``avx``. It must have a gradient and, like every backend,
+    pass the trial before it is chosen. tapct_fast calls this.
     """
-    _provided[:] = [(kernel, version)]
+    _provided[name] = (kernel, version)
     choose_backend.cache_clear()
     _dense_refusal.cache_clear()
 
 
-def _amx_refusal(dtype: torch.dtype, head_width: int) -> str | None:
-    if not _provided:
-        return "no kernel was provided: this CPU has no AMX, or tapct_fast is not imported"
-    if dtype != torch.bfloat16 or head_width != 64:
-        return "takes bfloat16 and a head width of 64"
+def _provided_refusal(name: str, dtype: torch.dtype, head_width: int) -> str | None:
+    if name not in _provided:
+        return (
+            f"no kernel was provided: this CPU has no {name.upper()}, or tapct_fast is not imported"
+        )
+    if dtype != _TAKES[name] or head_width != 64:
+        return f"takes {str(_TAKES[name]).removeprefix('torch.')} and a head width of 64"
     return None
 
 
@@ -244,8 +249,8 @@ def _first_usable(names: Sequence[str], refusal: Callable[[str], str | None]) ->
 def _version(name: str) -> str:
     if name in _MAJOR:
         return package_version(_MAJOR[name])
-    if name == "amx":
-        return _provided[0][1]
+    if name in _provided:
+        return _provided[name][1]
     version = f"torch {torch.__version__}"
     if name == "sdpa cudnn":
         version += f", cuDNN {torch.backends.cudnn.version()}"
@@ -314,7 +319,7 @@ def _dense_refusal(
         return f"not a backend of {device_type}"
     if name in _MAJOR and (reason := package_refusal(_MAJOR[name])):
         return reason
-    if name == "amx" and (reason := _amx_refusal(dtype, head_width)):
+    if name in _TAKES and (reason := _provided_refusal(name, dtype, head_width)):
         return reason
     if device_type == "meta":  # shapes without values
         return None
@@ -415,8 +420,8 @@ def _dense(name: str, qkv_NT3HK: Tensor) -> Tensor:
     if name in _MAJOR:
         out_NTHK: Tensor = flash_attn(qkv_NT3HK, _MAJOR[name])[0]
         return out_NTHK
-    if name == "amx":
-        return _provided[0][0](qkv_NT3HK)
+    if name in _provided:
+        return _provided[name][0](qkv_NT3HK)
     q_NHTK, k_NHTK, v_NHTK = qkv_NT3HK.permute(2, 0, 3, 1, 4).unbind(0)
     with sdpa_kernel(_SDPA[name]):  # one backend: it runs, or it raises
         out_NHTK = F.scaled_dot_product_attention(q_NHTK, k_NHTK, v_NHTK)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from tapct_fast.model import cpu_ops  # noqa: F401 - offers its kernel
+from tapct_fast.model import cpu_attention  # noqa: F401 - offers its kernels
 from tapct_kernels import attention
 
 

@@ -213,7 +213,7 @@ def _keep_products() -> tuple[Any, Any]:
         aten._scaled_dot_product_flash_attention_for_cpu.default,
         aten._scaled_dot_product_cudnn_attention.default,
         aten._scaled_dot_product_efficient_attention.default,
-        *(torch.ops.tapct.flash_attn.default, torch.ops.tapct.attention_amx.default),
+        *(torch.ops.tapct.flash_attn.default, torch.ops.tapct.attention_cpu.default),
     ]
     contexts: tuple[Any, Any] = create_selective_checkpoint_contexts(kept)  # type: ignore[no-untyped-call]
     return contexts

@@ -1,22 +1,16 @@
 """What a block needs on a CPU beside matrix products, in bfloat16, natively.
 
 For inference: PyTorch takes the branch, its sum, the norm and the cast in a pass each; these take
-one. Attention on AMX tiles, which has a gradient too, is offered to ``tapct_kernels.attention``,
-which tries it before it chooses it. All run on PyTorch's own threads. Custom operators, so that a
-graph can hold them.
+one. All run on PyTorch's own threads. Custom operators, so that a graph can hold them.
 
-Shape suffixes: N volumes or rows, T tokens, H heads, K head width, D width.
+Shape suffixes: N volumes or rows, T tokens, D width, I input width, O output width.
 """
 
-from typing import Any
-
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from tapct_fast import _native
-from tapct_kernels.attention import provide_amx
+from tapct_fast.model.cpu_attention import as_array
 
 
 def runs_here(device: torch.device, dtype: torch.dtype, width: int) -> bool:
@@ -27,61 +21,6 @@ def runs_here(device: torch.device, dtype: torch.dtype, width: int) -> bool:
         and width % 16 == 0
         and _native.has_avx512_bf16()
     )
-
-
-@torch.library.custom_op("tapct::attention_amx", mutates_args=())
-def _attention_amx(qkv_NT3HK: Tensor) -> tuple[Tensor, Tensor]:
-    """Return out_NTHK and the level_NHT, base 2, that the backward needs."""
-    qkv_NT3HK = qkv_NT3HK.contiguous()
-    out_NTHK, level_NHT = _attention_outputs(qkv_NT3HK)
-    _native.attention_amx(
-        _bits(qkv_NT3HK), _bits(out_NTHK), level_NHT.numpy(), torch.get_num_threads()
-    )
-    return out_NTHK, level_NHT
-
-
-@_attention_amx.register_fake
-def _attention_outputs(qkv_NT3HK: Tensor) -> tuple[Tensor, Tensor]:
-    volumes, tokens, _, heads, width = qkv_NT3HK.shape
-    level_NHT = qkv_NT3HK.new_empty(volumes, heads, tokens, dtype=torch.float32)
-    return qkv_NT3HK.new_empty(volumes, tokens, heads, width), level_NHT
-
-
-@torch.library.custom_op("tapct::attention_amx_backward", mutates_args=())
-def _attention_amx_backward(
-    grad_out_NTHK: Tensor, qkv_NT3HK: Tensor, out_NTHK: Tensor, level_NHT: Tensor
-) -> Tensor:
-    grad_out_NTHK, qkv_NT3HK = grad_out_NTHK.contiguous(), qkv_NT3HK.contiguous()
-    grad_qkv_NT3HK = torch.empty_like(qkv_NT3HK)
-    _native.attention_amx_backward(
-        *(_bits(grad_out_NTHK), _bits(qkv_NT3HK), _bits(out_NTHK), level_NHT.numpy()),
-        *(_bits(grad_qkv_NT3HK), torch.get_num_threads()),
-    )
-    return grad_qkv_NT3HK
-
-
-@_attention_amx_backward.register_fake
-def _(_grad_out_NTHK: Tensor, qkv_NT3HK: Tensor, *_: Tensor) -> Tensor:
-    return torch.empty_like(qkv_NT3HK, memory_format=torch.contiguous_format)
-
-
-def _save_for_backward(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs, *output)
-    ctx.mark_non_differentiable(output[1])
-
-
-def _backward(ctx: Any, grad_out_NTHK: Tensor, _: Tensor) -> Tensor:
-    grad_qkv_NT3HK: Tensor = _attention_amx_backward(grad_out_NTHK, *ctx.saved_tensors)
-    return grad_qkv_NT3HK
-
-
-_attention_amx.register_autograd(_backward, setup_context=_save_for_backward)
-
-
-def attention_amx(qkv_NT3HK: Tensor) -> Tensor:
-    """Return out_NTHK; see ``tapct_kernels.attention``. bfloat16 of head width 64."""
-    out_NTHK: Tensor = _attention_amx(qkv_NT3HK)[0]
-    return out_NTHK
 
 
 @torch.library.custom_op("tapct::add_norm", mutates_args=("x_NTD",))
@@ -103,11 +42,11 @@ def add_norm(
     out_NTD = torch.empty_like(x_NTD, dtype=torch.bfloat16)
     _native.add_norm(
         x_NTD.flatten(0, -2).numpy(),
-        None if branch_NTD is None else _bits(branch_NTD.contiguous().flatten(0, -2)),
+        None if branch_NTD is None else as_array(branch_NTD.contiguous().flatten(0, -2)),
         weight_D.numpy(),
         bias_D.numpy(),
         eps,
-        _bits(out_NTD.flatten(0, -2)),
+        as_array(out_NTD.flatten(0, -2)),
         torch.get_num_threads(),
     )
     return out_NTD
@@ -121,7 +60,7 @@ def _(x_NTD: Tensor, *_: object) -> Tensor:
 @torch.library.custom_op("tapct::gelu_", mutates_args=("x",))
 def gelu_(x: Tensor) -> None:
     """Apply the exact GELU to bfloat16 in place."""
-    _native.gelu(_bits(x), torch.get_num_threads())
+    _native.gelu(as_array(x), torch.get_num_threads())
 
 
 def pack(weight_OI: Tensor, bias_O: Tensor) -> Tensor | None:
@@ -148,12 +87,3 @@ def packed_linear(x: Tensor, packed: Tensor, bias_O: Tensor) -> Tensor:
     """Return ``x W^T + b`` for a weight that ``pack`` returned."""
     out: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias_O, "none", [], "")
     return out
-
-
-def _bits(x: Tensor) -> NDArray[np.uint16]:
-    bits: NDArray[np.uint16] = x.detach().view(torch.uint16).numpy()
-    return bits
-
-
-if _native.has_amx():
-    provide_amx(attention_amx, "tapct_fast")

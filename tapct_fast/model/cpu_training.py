@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tapct_fast import _native
+from tapct_fast.model.cpu_attention import as_array
 from tapct_kernels.residual_norm import provide_cpu
 
 
@@ -24,7 +25,7 @@ def bias_gelu(x_ND: Tensor, bias_D: Tensor) -> Tensor:
     """Return the exact GELU of ``x + bias``, float32 on the CPU of any leading shape."""
     x_ND = x_ND.contiguous()
     out_ND = torch.empty_like(x_ND)
-    rows = [_array(t.flatten(0, -2)) for t in (x_ND, out_ND)]
+    rows = [as_array(t.flatten(0, -2)) for t in (x_ND, out_ND)]
     _native.bias_gelu(rows[0], _copied(bias_D), rows[1], torch.get_num_threads())
     return out_ND
 
@@ -38,8 +39,8 @@ def _(x_ND: Tensor, _bias_D: Tensor) -> Tensor:
 def _bias_gelu_backward(grad_ND: Tensor, x_ND: Tensor, bias_D: Tensor) -> tuple[Tensor, Tensor]:
     grad_ND, x_ND = grad_ND.contiguous(), x_ND.contiguous()
     grad_x_ND, grad_bias_D = torch.empty_like(x_ND), bias_D.new_empty(bias_D.shape)
-    rows = [_array(t.flatten(0, -2)) for t in (grad_ND, x_ND, grad_x_ND)]
-    parameters = [_copied(bias_D), _array(grad_bias_D)]
+    rows = [as_array(t.flatten(0, -2)) for t in (grad_ND, x_ND, grad_x_ND)]
+    parameters = [_copied(bias_D), as_array(grad_bias_D)]
     _native.bias_gelu_backward(
         *(rows[0], rows[1], parameters[0], rows[2], parameters[1]), torch.get_num_threads()
     )
@@ -68,15 +69,9 @@ def _backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, Tensor]:
 bias_gelu.register_autograd(_backward, setup_context=_save_for_backward)
 
 
-def _array(x: Tensor) -> NDArray[Any]:
-    x = x.detach()
-    array: NDArray[Any] = (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy()
-    return array
-
-
 def _copied(x: Tensor) -> NDArray[Any]:
     """Return a copy of a parameter, whose own memory must stay resizable: FSDP frees it."""
-    return _array(x.detach().clone())
+    return as_array(x.detach().clone())
 
 
 def _residual_norm(*arguments: Any) -> None:
@@ -90,7 +85,7 @@ def _residual_norm_backward(*arguments: Any) -> None:
 def _as_arrays(arguments: tuple[Any, ...]) -> list[Any]:
     """Return the arguments with arrays for tensors, and the number of threads behind them."""
     arrays = [
-        a if not isinstance(a, Tensor) else _copied(a) if a.ndim == 1 else _array(a)
+        a if not isinstance(a, Tensor) else _copied(a) if a.ndim == 1 else as_array(a)
         for a in arguments
     ]
     return [*arrays, torch.get_num_threads()]

@@ -31,7 +31,7 @@ from tapct_fast.config import VitConfig
 from tapct_fast.errors import BackboneError, InputError
 from tapct_fast.model.vit import Vit
 from tapct_kernels import attention_ref, choose_backend
-from tapct_kernels.attention import _dense_refusal, _provided, provide_amx
+from tapct_kernels.attention import _dense_refusal, _provided, provide
 
 CANARY = "DOE_JANE_19700101"  # stands for a patient's name in a path
 CONFIG = VitConfig(dim=64, depth=2, image_zyx=(8, 64, 64), layer_scale=0.5)
@@ -64,9 +64,10 @@ def folder(backbone: Backbone, tmp_path: Path) -> Path:
 @pytest.fixture
 def amx_restored() -> Iterator[None]:
     """Take back what a test offers as ``amx``."""
-    before = list(_provided)
+    before = dict(_provided)
     yield
-    _provided[:] = before
+    _provided.clear()
+    _provided.update(before)
     choose_backend.cache_clear()
     _dense_refusal.cache_clear()
 
@@ -204,7 +205,7 @@ def test_a_backend_that_is_wrong_beyond_its_trial_fails_by_name(
             return attention_ref(qkv_NT3HK)
         return _without_tail(qkv_NT3HK)
 
-    provide_amx(forgets_the_last_keys, "broken 1.0")
+    provide("amx", forgets_the_last_keys, "broken 1.0")
     assert cli.main(["check", str(folder)]) == 65
     out = capsys.readouterr().out
     (row,) = (line for line in out.splitlines() if line.startswith("| bf16") and "amx" in line)
@@ -229,7 +230,7 @@ def test_one_wrong_token_is_enough(backbone: Backbone) -> None:
             out_NTHK[:, -1] *= -10
         return out_NTHK
 
-    provide_amx(spoils_the_last_token, "broken 1.0")
+    provide("amx", spoils_the_last_token, "broken 1.0")
     row = row_of(parity(backbone, fixed_input(backbone))[0], "bf16", "amx")
     assert row.mean_cosine is not None
     assert row.mean_cosine > 0.9995
@@ -243,14 +244,14 @@ def test_a_backend_that_raises_fails_without_a_path(backbone: Backbone) -> None:
             raise RuntimeError(f"no kernel in /home/{CANARY}/kernels.so for this size\nmore")
         return attention_ref(qkv_NT3HK)
 
-    provide_amx(takes_small_ones, "broken 1.0")
+    provide("amx", takes_small_ones, "broken 1.0")
     row = row_of(parity(backbone, fixed_input(backbone))[0], "bf16", "amx")
     assert row.verdict == "FAILS: RuntimeError: no kernel in ... for this size"
 
 
 @pytest.mark.usefixtures("amx_restored")
 def test_a_backend_that_fails_its_trial_is_not_run(backbone: Backbone) -> None:
-    provide_amx(lambda qkv_NT3HK: 1.1 * attention_ref(qkv_NT3HK), "broken 1.0")
+    provide("amx", lambda qkv_NT3HK: 1.1 * attention_ref(qkv_NT3HK), "broken 1.0")
     rows, not_run = parity(backbone, fixed_input(backbone))
     assert "amx" not in {row.attention for row in rows}
     assert any(line.startswith("amx (bf16): wrong result: relative error 0.1") for line in not_run)

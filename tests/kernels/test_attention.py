@@ -30,8 +30,8 @@ from tapct_kernels.attention import (
 )
 
 CACHED = (choose_backend, choose_varlen_backend, _dense_refusal, _varlen_refusal)
-# Without "amx", which tapct_fast provides and tests in tests/model/test_cpu_ops.py.
-TORCH_ON_CPU = _DENSE["cpu"][1:]
+# Without those that tapct_fast provides and tests in tests/model/test_cpu_attention.py.
+TORCH_ON_CPU = _DENSE["cpu"][2:]
 
 
 def sample(
@@ -168,18 +168,18 @@ def test_wrong_arguments_are_named(call: Any, message: str) -> None:
 
 def test_choice_on_the_cpu_is_recorded_and_made_once() -> None:
     for needs_grad in (False, True):
-        chosen = choose_backend("cpu", torch.float32, 64, needs_grad)
+        chosen = choose_backend("cpu", torch.float32, 32, needs_grad)
         assert chosen.name == "sdpa flash"
         assert str(chosen) == f"sdpa flash (torch {torch.__version__})"
-        assert [name for name, _ in chosen.passed_over] == ["amx"]
-        assert choose_backend("cpu", torch.float32, 64, needs_grad) is chosen
+        assert [name for name, _ in chosen.passed_over] == ["amx", "avx"]
+        assert choose_backend("cpu", torch.float32, 32, needs_grad) is chosen
     assert choose_varlen_backend("cpu", torch.float32, 64, False).name == "dense"
 
 
 def test_every_backend_is_tried_in_the_order_of_choice() -> None:
-    trials = try_backends("cpu", torch.float32, 64, False)
+    trials = try_backends("cpu", torch.float32, 32, False)
     assert [trial.name for trial in trials] == list(_DENSE["cpu"])
-    chosen = choose_backend("cpu", torch.float32, 64, False)
+    chosen = choose_backend("cpu", torch.float32, 32, False)
     usable = [trial for trial in trials if trial.refusal is None]
     assert (usable[0].name, usable[0].version) == (chosen.name, chosen.version)
     assert [(t.name, t.refusal) for t in trials if t.refusal] == list(chosen.passed_over)
