@@ -96,9 +96,11 @@ def _fused_blocks(vit: Vit, x_BTD: Tensor, rows: Sequence[Tensor | None]) -> Ten
         ):
             if j == 0:
                 qkv_KT3HK = block.attn.qkv(normed_KTD).unflatten(2, (3, -1, vit.config.head_dim))
-                # With a gradient on a CPU there was PyTorch's kernel only.
-                is_native = qkv_KT3HK.device.type == "cpu" and qkv_KT3HK.requires_grad
-                backend: BackendName | None = "sdpa flash" if is_native else None
+                # On a CPU there was PyTorch's kernel only, save in bfloat16 without a gradient.
+                is_pytorchs = qkv_KT3HK.device.type == "cpu" and (
+                    qkv_KT3HK.requires_grad or qkv_KT3HK.dtype == torch.float32
+                )
+                backend: BackendName | None = "sdpa flash" if is_pytorchs else None
                 out_KTHK = attention(qkv_KT3HK, backend=backend)
                 branch_KTD = block.attn.proj(out_KTHK.flatten(2))
             else:
@@ -152,9 +154,7 @@ def factored_head(head: nn.Module, compiles: bool) -> HeadCall:
     module: Any = head
 
     def call(x_ND: Tensor) -> tuple[Tensor, Tensor]:
-        x_NK = module.mlp(x_ND)
-        eps = 1e-6 if x_NK.dtype == torch.float16 else 1e-12
-        return F.normalize(x_NK, dim=-1, eps=eps), module.last_layer()
+        return F.normalize(module.mlp(x_ND), dim=-1), module.last_layer()
 
     return call
 
