@@ -15,7 +15,7 @@ FOLDER = Path(__file__).resolve().parent
 ORDER = (
     *("ceilings", "train", "heads_and_losses", "waterfall"),
     *("sinkhorn", "backbone", "prototype_cross_entropy", "residual_norm"),
-    *("patch_embed", "views", "attention", "masked_gather", "block_masks", "mlp", "ema"),
+    *("patch_embed", "views", "attention", "masked_gather", "matmul", "block_masks", "mlp", "ema"),
 )
 State = Literal["current", "stale", "missing"]
 

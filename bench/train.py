@@ -73,6 +73,7 @@ PRODUCTS = (
     *("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"),
     *(f"aten::_scaled_dot_product_flash_attention_for_cpu{end}" for end in ("", "_backward")),
     *("tapct::attention_cpu", "tapct::attention_cpu_backward"),
+    *("tapct::addmm_amx", "GeneratedBackwardFor_tapct_addmm_amx_default"),
     "GeneratedBackwardFor_tapct_attention_cpu_default",  # its forward, where a gradient is wanted
 )
 

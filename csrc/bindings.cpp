@@ -24,6 +24,7 @@
 #include "tapct/error.hpp"
 #include "tapct/gpu.hpp"
 #include "tapct/inflate.hpp"
+#include "tapct/matmul_amx.hpp"
 #include "tapct/nifti.hpp"
 #include "tapct/pixels.hpp"
 #include "tapct/training_ops.hpp"
@@ -512,6 +513,41 @@ void gelu(Bf16& x, std::size_t num_threads) {
   tapct::gelu(values, count, num_threads);
 }
 
+// One axis must be contiguous.
+tapct::Matrix matrix_of(const py::array_t<float>& array) {
+  constexpr py::ssize_t size = sizeof(float);
+  if (array.ndim() == 2) {
+    for (const bool is_transposed : {false, true}) {
+      const py::ssize_t rows = array.shape(is_transposed), columns = array.shape(!is_transposed);
+      const py::ssize_t stride = array.strides(is_transposed);
+      if ((columns <= 1 || array.strides(!is_transposed) == size) &&
+          (rows <= 1 || (stride % size == 0 && stride >= columns * size))) {
+        return {array.data(), static_cast<std::size_t>(array.shape(0)),
+                static_cast<std::size_t>(array.shape(1)),
+                rows <= 1 ? 0 : static_cast<std::size_t>(stride / size), is_transposed};
+      }
+    }
+  }
+  throw std::invalid_argument("matmul_amx: a factor must be a matrix with one contiguous axis");
+}
+
+void matmul_amx(const py::array_t<float>& a_MK, const py::array_t<float>& b_KN,
+                const std::optional<Params>& bias_N, Params& out_MN, std::size_t pieces,
+                std::size_t num_threads) {
+  const tapct::Matrix a = matrix_of(a_MK), b = matrix_of(b_KN);
+  const std::array<std::size_t, 1> width{b.columns};
+  if (a.columns != b.rows ||
+      shape_of<2>(out_MN, "matmul_amx: out_MN must have two axes") !=
+          std::array<std::size_t, 2>{a.rows, b.columns} ||
+      (bias_N && shape_of<1>(*bias_N, "matmul_amx: bias_N must have one axis") != width)) {
+    throw std::invalid_argument("matmul_amx: the arrays are not (M, K), (K, N), (N), (M, N)");
+  }
+  const float* bias = bias_N ? bias_N->data() : nullptr;
+  float* out = out_MN.mutable_data();
+  const py::gil_scoped_release release;
+  tapct::matmul_amx(a, b, bias, out, pieces, num_threads);
+}
+
 using Either = std::variant<Params, Bf16>;
 
 tapct::Values values_of(const Either& array) {
@@ -672,6 +708,9 @@ PYBIND11_MODULE(_native, m) {
   define_attention<Bf16, tapct::attention_amx, tapct::attention_amx_backward>(m, "attention_amx");
   define_attention<Params, tapct::attention_avx, tapct::attention_avx_backward, std::size_t>(
       m, "attention_avx", py::arg("lanes") = 0);
+  m.def("matmul_amx", &matmul_amx, py::arg("a_MK").noconvert(), py::arg("b_KN").noconvert(),
+        py::arg("bias_N").noconvert(), py::arg("out_MN").noconvert(), py::arg("pieces"),
+        py::arg("num_threads"));
   m.def("add_norm", &add_norm, py::arg("x_ND").noconvert(), py::arg("branch_ND").noconvert(),
         py::arg("weight_D").noconvert(), py::arg("bias_D").noconvert(), py::arg("eps"),
         py::arg("out_ND").noconvert(), py::arg("num_threads"));

@@ -6,35 +6,24 @@
 #include <cstring>
 #include <limits>
 #include <memory>
-#include <new>
 #include <stdexcept>
 
+#include "tapct/amx.hpp"
 #include "tapct/team.hpp"
 #include "tapct/zscore.hpp"
 
-#if defined(__x86_64__) && defined(__linux__)
-#define TAPCT_HAS_X86 1
+#if TAPCT_HAS_X86
 #include <cpuid.h>
-#include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
-#else
-#define TAPCT_HAS_X86 0
 #endif
 
 namespace tapct {
 
 #if TAPCT_HAS_X86
 
-#define TAPCT_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
-#define TAPCT_AMX \
-  __attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
-
 namespace {
 
-constexpr std::size_t tile_rows = 16;      // of every tile
-constexpr std::size_t tile_elements = 32;  // bfloat16 in a row of a tile
-constexpr std::size_t tile_size = tile_rows * tile_elements;
 constexpr std::size_t num_rows = 2 * tile_rows;         // of a product at a time: queries, or keys
 constexpr std::size_t num_keys = 256;                   // whose scores lie in the L1 cache
 constexpr std::size_t num_parts = 8;                    // of num_rows queries that share keys
@@ -49,23 +38,6 @@ struct alignas(64) Scratch {
   std::uint16_t queries[num_parts][num_rows * head_width];
 };
 
-struct Deleter {
-  void operator()(void* memory) const { ::operator delete[](memory, std::align_val_t{64}); }
-};
-template <typename T>
-using Aligned = std::unique_ptr<T[], Deleter>;
-
-template <typename T>
-Aligned<T> make_aligned(std::size_t count) {
-  return Aligned<T>(static_cast<T*>(::operator new[](count * sizeof(T), std::align_val_t{64})));
-}
-
-struct TileConfig {
-  std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  std::uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-
 // 2^x to 1e-4, finer than the bfloat16 that becomes of it.
 TAPCT_AVX512 inline __m512 exp2_of(__m512 x) {
   const __m512 whole = _mm512_roundscale_ps(x, 0);
@@ -74,10 +46,6 @@ TAPCT_AVX512 inline __m512 exp2_of(__m512 x) {
   power = _mm512_fmadd_ps(power, rest, _mm512_set1_ps(0.69327624F));
   power = _mm512_fmadd_ps(power, rest, _mm512_set1_ps(0.99992894F));
   return _mm512_scalef_ps(power, whole);
-}
-
-TAPCT_AVX512 inline __m512 widen(__m256i bits) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
 }
 
 TAPCT_AVX512 inline __m512 load_wide(const std::uint16_t* source) {

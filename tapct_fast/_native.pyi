@@ -205,6 +205,14 @@ def attention_avx_backward(
     num_threads: int,
     lanes: int = 0,
 ) -> None: ...
+def matmul_amx(
+    a_MK: npt.NDArray[np.float32],
+    b_KN: npt.NDArray[np.float32],
+    bias_N: npt.NDArray[np.float32] | None,
+    out_MN: npt.NDArray[np.float32],
+    pieces: int,
+    num_threads: int,
+) -> None: ...
 def add_norm(
     x_ND: npt.NDArray[np.float32],
     branch_ND: npt.NDArray[np.uint16] | None,

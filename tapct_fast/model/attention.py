@@ -9,6 +9,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from tapct_fast.model import cpu_attention  # noqa: F401 - offers its kernels
+from tapct_fast.model.linear import linear
 from tapct_kernels import attention
 
 
@@ -28,7 +29,7 @@ class Attention(nn.Module):
             x_NTD: Normed tokens.
             pick: Returns the rows_QD, of tokens_NTD, for which the branch is wanted; None is all.
         """
-        qkv_NT3HK = self.qkv(x_NTD).unflatten(2, (3, -1, self.head_dim))
+        qkv_NT3HK = linear(x_NTD, self.qkv).view(*x_NTD.shape[:2], 3, -1, self.head_dim)
         out_NTD = attention(qkv_NT3HK).flatten(2)
-        branch: Tensor = self.proj(out_NTD if pick is None else pick(out_NTD))
+        branch: Tensor = linear(out_NTD if pick is None else pick(out_NTD), self.proj)
         return branch

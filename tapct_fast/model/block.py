@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from tapct_fast.config import VitConfig
 from tapct_fast.model.attention import Attention
-from tapct_fast.model.linear import linear_gelu
+from tapct_fast.model.linear import linear, linear_gelu
 from tapct_kernels import layer_norm, residual, residual_norm
 
 NORM_EPS = 1e-6  # DINOv2
@@ -41,7 +41,7 @@ class Mlp(nn.Module):
 
     def forward(self, x_NTD: Tensor) -> Tensor:
         """Return the feed-forward branch."""
-        out_NTD: Tensor = self.fc2(linear_gelu(x_NTD, self.fc1))
+        out_NTD: Tensor = linear(linear_gelu(x_NTD, self.fc1), self.fc2)
         return out_NTD
 
 
@@ -55,8 +55,8 @@ class SwiGlu(nn.Module):
 
     def forward(self, x_NTD: Tensor) -> Tensor:
         """Return the feed-forward branch."""
-        gate, value = self.w12(x_NTD).chunk(2, dim=-1)
-        out_NTD: Tensor = self.w3(F.silu(gate) * value)
+        gate, value = linear(x_NTD, self.w12).chunk(2, dim=-1)
+        out_NTD: Tensor = linear(F.silu(gate) * value, self.w3)
         return out_NTD
 
 
@@ -209,6 +209,7 @@ def _keep_products() -> tuple[Any, Any]:
     aten = torch.ops.aten
     kept = [
         *(aten.mm.default, aten.addmm.default, aten._scaled_mm.default),
+        torch.ops.tapct.addmm_amx.default,
         aten._scaled_dot_product_flash_attention.default,
         aten._scaled_dot_product_flash_attention_for_cpu.default,
         aten._scaled_dot_product_cudnn_attention.default,

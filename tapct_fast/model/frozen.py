@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tapct_fast.model import cpu_ops
 from tapct_fast.model.block import Block, LayerScale, SwiGlu
+from tapct_fast.model.linear import product
 from tapct_fast.model.vit import Vit, VitOutput
 from tapct_kernels import attention, layer_norm, residual, residual_norm
 from tapct_kernels.attention import BackendName
@@ -69,7 +70,7 @@ class _Linear(nn.Module):
         if self._packed is not None:
             return cpu_ops.packed_linear(x, self._packed, self.bias_O)
         assert self.weight_OI is not None
-        return F.linear(x, self.weight_OI, self.bias_O)
+        return product(x, self.weight_OI, self.bias_O)
 
 
 class _Block(nn.Module):

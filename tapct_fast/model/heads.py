@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tapct_fast.config import HeadConfig
-from tapct_fast.model.linear import linear_gelu
+from tapct_fast.model.linear import linear, linear_gelu
 from tapct_kernels import Logits
 
 
@@ -95,7 +95,7 @@ class PrototypeHead(nn.Module):
         *hidden, last = (layer for layer in self.mlp if isinstance(layer, nn.Linear))
         for layer in hidden:
             x_ND = linear_gelu(x_ND, layer)
-        x_NK = last(x_ND)
+        x_NK = linear(x_ND, last)
         return F.normalize(x_NK, dim=-1, eps=1e-6 if x_NK.dtype == torch.float16 else 1e-12)
 
     def forward(self, x_ND: Tensor) -> Projection:

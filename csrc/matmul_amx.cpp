@@ -1,0 +1,331 @@
+#include "tapct/matmul_amx.hpp"
+
+#include <algorithm>
+#include <atomic>
+#include <stdexcept>
+
+#include "tapct/amx.hpp"
+#include "tapct/team.hpp"
+#include "tapct/vit_ops.hpp"
+
+namespace tapct {
+
+#if TAPCT_HAS_X86
+
+namespace {
+
+// A panel is 32 rows of the left factor or 32 columns of the right one; a step 32 elements of the
+// sum. Of every step a packed panel holds the pieces, two tiles each, in the order they are read.
+constexpr std::size_t panel = 2 * tile_rows;
+constexpr std::size_t piece_size = 2 * tile_size;
+constexpr std::size_t max_packed = 64;  // steps of the right factor that are packed at a time
+constexpr std::size_t max_steps = 16;   // between which sums stay in tiles
+constexpr std::size_t max_left = 4;     // panels of one item of work, in the L2 cache
+constexpr std::size_t max_right = 48;   // panels for which left panels are packed once
+
+std::size_t divided(std::size_t count, std::size_t size) { return (count + size - 1) / size; }
+
+struct Block {
+  __m512 rows[tile_rows];
+};
+
+// 16 x 16 elements of a matrix, by rows of its memory; zeros beyond its ends.
+TAPCT_AVX512 inline Block load(const Matrix& matrix, std::size_t row, std::size_t column) {
+  const std::size_t height = matrix.is_transposed ? matrix.columns : matrix.rows;
+  const std::size_t width = matrix.is_transposed ? matrix.rows : matrix.columns;
+  const std::size_t count = height - std::min(row, height);
+  const std::size_t lanes = std::min(width - std::min(column, width), tile_rows);
+  const auto mask = static_cast<__mmask16>((1U << lanes) - 1);
+  Block block;
+  for (std::size_t i = 0; i < tile_rows; ++i) {
+    block.rows[i] =
+        i < count ? _mm512_maskz_loadu_ps(mask, matrix.values + (row + i) * matrix.stride + column)
+                  : _mm512_setzero_ps();
+  }
+  return block;
+}
+
+TAPCT_AVX512 inline void transpose(Block& block) {
+  __m512* r = block.rows;
+  __m512 t[tile_rows];
+  for (std::size_t i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
+  }
+  for (std::size_t i = 0; i < 16; i += 4) {
+    r[i] = _mm512_shuffle_ps(t[i], t[i + 2], 0x44);
+    r[i + 1] = _mm512_shuffle_ps(t[i], t[i + 2], 0xee);
+    r[i + 2] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+    r[i + 3] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+  }
+  for (std::size_t i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_f32x4(r[i], r[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_f32x4(r[i], r[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0xdd);
+  }
+  for (std::size_t i = 0; i < 4; ++i) {
+    r[i] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0x88);
+    r[i + 8] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0xdd);
+    r[i + 4] = _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0x88);
+    r[i + 12] = _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0xdd);
+  }
+}
+
+// The bfloat16 nearest to each of 32 values, which keep the rest.
+TAPCT_AVX512 inline __m512i take_piece(__m512& first, __m512& second) {
+  const __m512bh piece = _mm512_cvtne2ps_pbh(second, first);
+  __m512i bits;
+  std::memcpy(&bits, &piece, sizeof(bits));
+  first = _mm512_sub_ps(first, widen(_mm512_castsi512_si256(bits)));
+  second = _mm512_sub_ps(second, widen(_mm512_extracti64x4_epi64(bits, 1)));
+  return bits;
+}
+
+// One step of a panel. A row of a left tile is 32 elements of the sum; row r of a right tile the
+// elements 2r and 2r + 1 of each of 16 columns.
+template <std::size_t pieces, bool is_left>
+TAPCT_AVX512 void pack_step(const Matrix& matrix, std::size_t outer, std::size_t inner,
+                            std::uint16_t* out) {
+  alignas(64) static constexpr std::uint16_t pairs[tile_elements] = {
+      0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const __m512i interleave = _mm512_load_si512(pairs);
+  for (std::size_t half = 0; half < 2; ++half) {
+    const std::size_t o = outer + half * tile_rows;
+    Block blocks[2];
+    for (std::size_t i = 0; i < 2; ++i) {
+      const std::size_t k = inner + i * tile_rows;
+      const bool is_inner_first = matrix.is_transposed == is_left;
+      blocks[i] = is_inner_first ? load(matrix, k, o) : load(matrix, o, k);
+      if (matrix.is_transposed) {
+        transpose(blocks[i]);
+      }
+    }
+    for (std::size_t row = 0; row < tile_rows; ++row) {
+      const auto& [upper, lower] = blocks;
+      const Block& pair = row < tile_rows / 2 ? upper : lower;
+      __m512 first = is_left ? upper.rows[row] : pair.rows[row * 2 % tile_rows];
+      __m512 second = is_left ? lower.rows[row] : pair.rows[row * 2 % tile_rows + 1];
+      auto* target = out + half * tile_size + row * tile_elements;
+      for (std::size_t piece = 0; piece < pieces; ++piece) {
+        const __m512i bits = take_piece(first, second);
+        _mm512_store_si512(target + piece * piece_size,
+                           is_left ? bits : _mm512_permutexvar_epi16(interleave, bits));
+      }
+    }
+  }
+}
+
+// Panels from `outer` on, in the order in which their matrix lies in memory.
+template <std::size_t pieces, bool is_left>
+void pack(const Matrix& matrix, std::size_t outer, std::size_t panels, std::size_t inner,
+          std::size_t steps, std::uint16_t* out) {
+  const bool is_inner_first = matrix.is_transposed == is_left;
+  for (std::size_t n = 0; n < panels * steps; ++n) {
+    const std::size_t i = is_inner_first ? n % panels : n / steps;
+    const std::size_t step = is_inner_first ? n / panels : n % steps;
+    pack_step<pieces, is_left>(matrix, outer + i * panel, inner + step * tile_elements,
+                               out + (i * steps + step) * pieces * piece_size);
+  }
+}
+
+TAPCT_AMX inline void load_left(const std::uint16_t* tiles) {
+  _tile_loadd(4, tiles, 64);
+  _tile_loadd(5, tiles + tile_size, 64);
+}
+
+TAPCT_AMX inline void load_right(const std::uint16_t* tiles) {
+  _tile_loadd(6, tiles, 64);
+  _tile_loadd(7, tiles + tile_size, 64);
+}
+
+TAPCT_AMX inline void multiply_tiles() {
+  _tile_dpbf16ps(0, 4, 6);
+  _tile_dpbf16ps(1, 4, 7);
+  _tile_dpbf16ps(2, 5, 6);
+  _tile_dpbf16ps(3, 5, 7);
+}
+
+// Where the sums of 32 rows and 32 columns start, or null for zero, and where they go.
+struct Sums {
+  const float* start;
+  std::size_t start_stride;
+  float* end;
+  std::size_t end_stride;
+};
+
+// Pieces in the order that loads the fewest tiles.
+template <std::size_t pieces>
+TAPCT_AMX void multiply_panels(const std::uint16_t* left, const std::uint16_t* right,
+                               std::size_t steps, const Sums& sums) {
+  if (sums.start == nullptr) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  } else {
+    const float* below = sums.start + tile_rows * sums.start_stride;
+    _tile_loadd(0, sums.start, sums.start_stride * sizeof(float));
+    _tile_loadd(1, sums.start + tile_rows, sums.start_stride * sizeof(float));
+    _tile_loadd(2, below, sums.start_stride * sizeof(float));
+    _tile_loadd(3, below + tile_rows, sums.start_stride * sizeof(float));
+  }
+  for (std::size_t step = 0; step < steps; ++step) {
+    for (std::size_t row = step; row < panel; row += steps) {  // else the stores wait for memory
+      __builtin_prefetch(sums.end + row * sums.end_stride, 1);
+      __builtin_prefetch(sums.end + row * sums.end_stride + tile_rows, 1);
+    }
+    load_left(left);
+    if constexpr (pieces == 3) {
+      load_right(right + 2 * piece_size);
+      multiply_tiles();
+    }
+    load_right(right + piece_size);
+    multiply_tiles();
+    load_right(right);
+    multiply_tiles();
+    if constexpr (pieces == 3) {
+      load_left(left + 2 * piece_size);
+      multiply_tiles();
+    }
+    load_left(left + piece_size);
+    multiply_tiles();
+    if constexpr (pieces == 3) {
+      load_right(right + piece_size);
+      multiply_tiles();
+    }
+    left += pieces * piece_size;
+    right += pieces * piece_size;
+  }
+  float* below = sums.end + tile_rows * sums.end_stride;
+  _tile_stored(0, sums.end, sums.end_stride * sizeof(float));
+  _tile_stored(1, sums.end + tile_rows, sums.end_stride * sizeof(float));
+  _tile_stored(2, below, sums.end_stride * sizeof(float));
+  _tile_stored(3, below + tile_rows, sums.end_stride * sizeof(float));
+}
+
+// Some rows of a block of columns of the product, for some steps.
+struct Item {
+  const Matrix& left;
+  std::size_t first_row, end_row;
+  std::size_t first_step, num_steps;
+  const std::uint16_t* right;  // packed
+  std::size_t num_columns;     // of the block
+  const float* bias;           // of the block, or null
+  float* out;                  // of the block
+  std::size_t stride;          // of out
+};
+
+template <std::size_t pieces>
+TAPCT_AMX void multiply_item(const Item& item, std::uint16_t* packed) {
+  alignas(64) float edge[panel * panel];
+  const TileConfig config;
+  _tile_loadconfig(&config);
+  for (std::size_t step = 0; step < item.num_steps; step += max_steps) {
+    const std::size_t steps = std::min(item.num_steps - step, max_steps);
+    const bool is_first = item.first_step + step == 0;
+    pack<pieces, true>(item.left, item.first_row, divided(item.end_row - item.first_row, panel),
+                       (item.first_step + step) * tile_elements, steps, packed);
+    for (std::size_t column = 0; column < item.num_columns; column += panel) {
+      const std::size_t columns = std::min(item.num_columns - column, panel);
+      const auto* right =
+          item.right + (column / panel * item.num_steps + step) * pieces * piece_size;
+      const float* bias = item.bias == nullptr ? nullptr : item.bias + column;
+      for (std::size_t row = item.first_row; row < item.end_row; row += panel) {
+        const std::size_t rows = std::min(item.end_row - row, panel);
+        float* place = item.out + row * item.stride + column;
+        const float* start = is_first ? bias : place;
+        const std::size_t start_stride = is_first ? 0 : item.stride;
+        Sums sums{start, start_stride, place, item.stride};
+        const bool is_whole = rows == panel && columns == panel;
+        if (!is_whole) {
+          if (start != nullptr) {
+            for (std::size_t i = 0; i < rows; ++i) {
+              std::copy_n(start + i * start_stride, columns, edge + i * panel);
+            }
+            sums.start = edge;
+            sums.start_stride = panel;
+          }
+          sums.end = edge;
+          sums.end_stride = panel;
+        }
+        multiply_panels<pieces>(
+            packed + (row - item.first_row) / panel * steps * pieces * piece_size, right, steps,
+            sums);
+        for (std::size_t i = 0; !is_whole && i < rows; ++i) {
+          std::copy_n(edge + i * panel, columns, place + i * item.stride);
+        }
+      }
+    }
+  }
+  _tile_release();
+}
+
+template <std::size_t pieces>
+void multiply(const Matrix& left, const Matrix& right, const float* bias, float* out,
+              std::size_t threads) {
+  constexpr std::size_t step_size = pieces * piece_size, at_once = 4;
+  const std::size_t num_rows = left.rows, num_columns = right.columns;
+  const std::size_t row_panels = divided(num_rows, panel), panels = divided(num_columns, panel);
+  const std::size_t num_steps = divided(left.columns, tile_elements);
+  const std::size_t item_rows = std::min(divided(row_panels, 4 * threads), max_left) * panel;
+  const std::size_t num_items = divided(num_rows, item_rows);
+  const std::size_t workers = std::min(threads, num_items);
+  const std::size_t left_size = item_rows / panel * std::min(num_steps, max_steps) * step_size;
+  const auto packed_left = make_aligned<std::uint16_t>(workers * left_size);
+  const auto packed_right = make_aligned<std::uint16_t>(
+      std::min(panels, max_right) * std::min(num_steps, max_packed) * step_size);
+  for (std::size_t first = 0; first < panels; first += max_right) {
+    const std::size_t count = std::min(panels - first, max_right), column = first * panel;
+    for (std::size_t step = 0; step < num_steps; step += max_packed) {
+      const std::size_t steps = std::min(num_steps - step, max_packed);
+      team_for(divided(count, at_once), threads, [&](std::size_t i) {
+        pack<pieces, false>(right, column + i * at_once * panel,
+                            std::min(count - i * at_once, at_once), step * tile_elements, steps,
+                            packed_right.get() + i * at_once * steps * step_size);
+      });
+      std::atomic<std::size_t> next{0}, worker{0};
+      team_for(workers, workers, [&](std::size_t) {
+        std::uint16_t* mine = packed_left.get() + worker++ * left_size;
+        for (std::size_t i = next++; i < num_items; i = next++) {
+          multiply_item<pieces>(
+              {left, i * item_rows, std::min(num_rows, (i + 1) * item_rows), step, steps,
+               packed_right.get(), std::min(num_columns - column, max_right * panel),
+               bias == nullptr ? nullptr : bias + column, out + column, num_columns},
+              mine);
+        }
+      });
+    }
+  }
+}
+
+}  // namespace
+
+void matmul_amx(const Matrix& left, const Matrix& right, const float* bias, float* out,
+                std::size_t pieces, std::size_t threads) {
+  if (!has_amx()) {
+    throw std::runtime_error("matmul_amx: this CPU has no AMX tiles of bfloat16");
+  }
+  if (pieces != 2 && pieces != 3) {
+    throw std::invalid_argument("matmul_amx: pieces must be 2 or 3");
+  }
+  if (left.columns == 0) {
+    throw std::invalid_argument("matmul_amx: a sum of nothing");
+  }
+  if (left.rows == 0 || right.columns == 0) {
+    return;
+  }
+  (pieces == 3 ? multiply<3> : multiply<2>)(left, right, bias, out,
+                                            std::max<std::size_t>(threads, 1));
+}
+
+#else
+
+void matmul_amx(const Matrix&, const Matrix&, const float*, float*, std::size_t, std::size_t) {
+  throw std::runtime_error("matmul_amx: only on x86-64");
+}
+
+#endif
+
+}  // namespace tapct
