@@ -85,11 +85,14 @@ def _save_for_backward(
 def _backward(ctx: Any, grad_MN: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     a_MK, b_KN = ctx.saved_tensors
     needs_bias, needs_a, needs_b = ctx.needs_input_grad
-    return (
-        grad_MN.sum(0) if needs_bias else None,
-        addmm(None, grad_MN, b_KN.t()) if needs_a else None,
-        addmm(None, a_MK.t(), grad_MN) if needs_b else None,
-    )
+    grad_N = grad_MN.sum(0) if needs_bias else None
+    grad_MK = addmm(None, grad_MN, b_KN.t()) if needs_a else None
+    if not needs_b:
+        return grad_N, grad_MK, None
+    if b_KN.stride(1) == 1:
+        return grad_N, grad_MK, addmm(None, a_MK.t(), grad_MN)
+    # Of a weight's transpose, laid out as the weight is: else a copy would follow.
+    return grad_N, grad_MK, addmm(None, grad_MN.t(), a_MK).t()
 
 
 addmm.register_autograd(_backward, setup_context=_save_for_backward)

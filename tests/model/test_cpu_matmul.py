@@ -127,6 +127,7 @@ def test_gradients_of_a_layer_are_those_in_float64(rows: int) -> None:
     expected = torch.autograd.grad(F.linear(*doubles), doubles, grad_NE.double())
     for one, other in zip(found, expected, strict=True):
         assert (one - other).norm() < 2e-6 * other.norm()
+        assert one.is_contiguous()
     # A gradient that is one number, of no stride.
     (slope,) = torch.autograd.grad(linear(x_ND, layer).sum(), [layer.weight])
     expected_ED = doubles[0].detach().flatten(0, -2).sum(0).expand(1200, 400)
