@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-import tapct_kernels  # noqa: F401 - registers the operators
+import tapct_fast.model.block  # noqa: F401
+import tapct_kernels  # noqa: F401 - both register operators
 
 
 def _embed(voxels: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> int:
@@ -41,6 +42,19 @@ def _attention_backward(_: Any, query: Sequence[int], *__: Any, **___: Any) -> i
     return 2 * _attention(query)
 
 
+def _native_attention(qkv: Sequence[int], *_: Any, **__: Any) -> int:
+    n, tokens, _three, heads, width = qkv
+    return n * heads * 4 * tokens * tokens * width
+
+
+def _native_attention_backward(_: Any, qkv: Sequence[int], *__: Any, **___: Any) -> int:
+    return 2 * _native_attention(qkv)
+
+
+def _addmm(_: Any, a: Sequence[int], b: Sequence[int], **__: Any) -> int:
+    return 2 * a[0] * b[0] * b[1]
+
+
 CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 CPU_ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 COUNTED = {
@@ -48,6 +62,9 @@ COUNTED = {
     torch.ops.tapct.patch_embed_backward: _embed_backward,
     torch.ops.tapct.prototype_cross_entropy: _entropy,
     torch.ops.tapct.prototype_cross_entropy_backward: _entropy_backward,
+    torch.ops.tapct.attention_cpu: _native_attention,
+    torch.ops.tapct.attention_cpu_backward: _native_attention_backward,
+    torch.ops.tapct.addmm_amx: _addmm,
     CPU_ATTENTION: _attention,
     CPU_ATTENTION_BACKWARD: _attention_backward,
 }
