@@ -5,10 +5,8 @@ its 24 bits; of their nine products six count beside the last of these:
 
     a b = a0 b0 + (a0 b1 + a1 b0) + (a0 b2 + a1 b1 + a2 b0),    a = a0 + a1 + a2
 
-so the errors are of the size of oneMKL's. AMX multiplies 16 times as fast as AVX-512: six products
-leave a factor of 2.7, splitting, packing and stores about 1.5. After
-``torch.set_float32_matmul_precision("high")`` two pieces and three products do, as PyTorch
-describes it, with 16 bits.
+so the errors are of the size of oneMKL's. After ``torch.set_float32_matmul_precision("high")`` two
+pieces and three products do, as PyTorch describes it, with 16 bits. ``bench.matmul`` measures both.
 
 Shape suffixes: M rows, K elements of a sum, N columns; D input width, E output width.
 Source: arXiv:1904.06376.
@@ -22,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tapct_fast import _native
+from tapct_fast.model.cpu_attention import as_array
 
 _HAS_AMX = _native.has_amx()
 
@@ -42,10 +41,7 @@ def fits(x_ND: Tensor, weight_ED: Tensor) -> bool:
 
 
 def _is_large(rows: int, *others: int) -> bool:
-    """Say whether packing, a pass over either factor, is little beside the products.
-
-    Measured: with 402 rows there is nothing to win, with 2,344 half of the time.
-    """
+    """Say whether packing, a pass over either factor, is little beside the products."""
     return rows >= 1024 and min(others) >= 128
 
 
@@ -57,12 +53,13 @@ def addmm(bias_N: Tensor | None, a_MK: Tensor, b_KN: Tensor) -> Tensor:
     """
     # A factor on the left whose columns are contiguous is turned, which more columns must pay for.
     least = 128 if a_MK.stride(1) == 1 else 384
-    if not _is_large(*a_MK.shape, b_KN.shape[1]) or b_KN.shape[1] < least:
+    is_faster = _HAS_AMX and _is_large(*a_MK.shape, b_KN.shape[1]) and b_KN.shape[1] >= least
+    if not is_faster:
         return a_MK @ b_KN if bias_N is None else torch.addmm(bias_N, a_MK, b_KN)
     out_MN = a_MK.new_empty(a_MK.shape[0], b_KN.shape[1])
     _native.matmul_amx(
-        *(_array(a_MK), _array(b_KN), None if bias_N is None else _array(bias_N.contiguous())),
-        _array(out_MN),
+        *(_read(a_MK), _read(b_KN), None if bias_N is None else _read(bias_N.contiguous())),
+        as_array(out_MN),
         pieces=3 if torch.get_float32_matmul_precision() == "highest" else 2,
         num_threads=torch.get_num_threads(),
     )
@@ -104,8 +101,11 @@ def linear(x_ND: Tensor, weight_ED: Tensor, bias_E: Tensor | None) -> Tensor:
     return out_NE.view(*x_ND.shape[:-1], -1)
 
 
-def _array(x: Tensor) -> NDArray[Any]:
-    """Return an array over a tensor's memory, which stays resizable, as FSDP wants parameters."""
+def _read(x: Tensor) -> NDArray[Any]:
+    """Return an array to read a tensor by, whose memory stays resizable, as FSDP wants parameters.
+
+    Not to write: some versions of NumPy make what comes by DLPack read-only.
+    """
     x = x.detach()
     if x.ndim == 2 and not (x.is_contiguous() or x.t().is_contiguous()):
         x = x.contiguous()
