@@ -7,6 +7,7 @@
 #include <memory>
 #include <stdexcept>
 
+#include "tapct/exp.hpp"
 #include "tapct/team.hpp"
 #include "tapct/vit_ops.hpp"
 
@@ -28,7 +29,7 @@ constexpr float scale = 1.0F / 8;
 template <std::size_t width>
 struct Lanes {
   typedef float Floats __attribute__((vector_size(width * sizeof(float))));
-  typedef std::int32_t Ints __attribute__((vector_size(width * sizeof(float))));
+  typedef std::uint32_t Bits __attribute__((vector_size(width * sizeof(float))));
 
   TAPCT_INLINE static Floats load(const float* source) {
     Floats values;
@@ -37,22 +38,6 @@ struct Lanes {
   }
   TAPCT_INLINE static void store(float* target, Floats values) {
     __builtin_memcpy(target, &values, sizeof(values));
-  }
-  // e^x of x <= 0, as in expf.c of Cephes (public domain); NaN stays.
-  TAPCT_INLINE static Floats exp(Floats x) {
-    constexpr float to_integer = 12582912.0F;  // 1.5 * 2^23: a sum with it has no fraction bits
-    const Floats shifted = x * 1.44269504F + to_integer;
-    const Floats whole = shifted - to_integer;
-    const Floats rest = (x - whole * 0.693359375F) + whole * 2.12194440e-4F;
-    Floats power = rest * 1.9875691500e-4F + 1.3981999507e-3F;
-    power = power * rest + 8.3334519073e-3F;
-    power = power * rest + 4.1665795894e-2F;
-    power = power * rest + 1.6666665459e-1F;
-    power = power * rest + 5.0000001201e-1F;
-    power = power * (rest * rest) + rest + 1.0F;
-    const Ints exponent = (__builtin_bit_cast(Ints, shifted) + 127) << 23;
-    power *= __builtin_bit_cast(Floats, exponent);
-    return x < -87.0F ? Floats{} : power;
   }
 };
 
@@ -92,32 +77,25 @@ TAPCT_INLINE void multiply_some(const Product& p, const float* a, const float* b
   }
 }
 
+// The columns from `column` on, some vectors at a time, then as many as are left.
+template <std::size_t width, std::size_t vectors>
+TAPCT_INLINE void multiply_from(const Product& p, std::size_t rows, std::size_t columns,
+                                std::size_t column) {
+  for (; column + vectors * width <= columns; column += vectors * width) {
+    for (std::size_t row = 0; row < rows; row += row_step) {
+      multiply_some<width, vectors>(p, p.a + row * p.row_stride, p.b + column,
+                                    p.c + row * p.c_stride + column);
+    }
+  }
+  if constexpr (vectors * width > key_step) {
+    multiply_from<width, vectors - 1>(p, rows, columns, column);
+  }
+}
+
 // Rows in sixes, columns in sixteens; both padded by the caller.
 template <std::size_t width>
 TAPCT_INLINE void multiply(const Product& p, std::size_t rows, std::size_t columns) {
-  constexpr std::size_t most = width == 16 ? 4 : 2;  // sums of 6 x most registers
-  for (std::size_t column = 0; column < columns;) {
-    const std::size_t left = (columns - column) / width;
-    const std::size_t vectors = left < most ? left : most;
-    for (std::size_t row = 0; row < rows; row += row_step) {
-      const float* a = p.a + row * p.row_stride;
-      float* c = p.c + row * p.c_stride + column;
-      switch (vectors) {
-        case 1:
-          multiply_some<width, 1>(p, a, p.b + column, c);
-          break;
-        case 2:
-          multiply_some<width, 2>(p, a, p.b + column, c);
-          break;
-        case 3:
-          multiply_some<width, most == 4 ? 3 : 1>(p, a, p.b + column, c);
-          break;
-        default:
-          multiply_some<width, most == 4 ? 4 : 1>(p, a, p.b + column, c);
-      }
-    }
-    column += vectors * width;
-  }
+  multiply_from<width, width == 16 ? 4 : 2>(p, rows, columns, 0);  // sums of 24 or 12 registers
 }
 
 TAPCT_INLINE void copy_rows(const float* source, std::size_t stride, std::size_t count,
@@ -200,7 +178,7 @@ TAPCT_INLINE void take_exponentials(float* scores, std::size_t padded, float& la
   }
   typename L::Floats added{};
   for (std::size_t i = 0; i < padded; i += width) {
-    const auto weight = L::exp((L::load(scores + i) - now) * scale);
+    const auto weight = exp_of<L>((L::load(scores + i) - now) * scale);
     L::store(scores + i, weight);
     added += weight;
   }
@@ -263,7 +241,7 @@ TAPCT_INLINE void attend(const Head& head, std::size_t first, Scratch& scratch) 
   }
 }
 
-// Memory of one thread; lines of all tokens are on the heap.
+// Memory of one thread; rows of all tokens are on the heap.
 struct alignas(64) BackwardScratch {
   float key_columns[head_width * num_keys], value_columns[head_width * num_keys];
   float keys[num_keys * head_width];
@@ -290,7 +268,7 @@ TAPCT_INLINE void take_slopes(float* weights, float* slopes, std::size_t padded,
   using L = Lanes<width>;
   for (std::size_t i = 0; i < padded; i += width) {
     const auto x = L::load(weights + i) * scale - level;
-    const auto weight = L::exp(x);
+    const auto weight = exp_of<L>(x);
     L::store(weights + i, weight);
     L::store(slopes + i, weight * (L::load(slopes + i) - delta));
   }

@@ -18,10 +18,11 @@ namespace {
 // sum. Of every step a packed panel holds the pieces, two tiles each, in the order they are read.
 constexpr std::size_t panel = 2 * tile_rows;
 constexpr std::size_t piece_size = 2 * tile_size;
-constexpr std::size_t max_packed = 64;  // steps of the right factor that are packed at a time
-constexpr std::size_t max_steps = 16;   // between which sums stay in tiles
-constexpr std::size_t max_left = 4;     // panels of one item of work, in the L2 cache
-constexpr std::size_t max_right = 48;   // panels for which left panels are packed once
+constexpr std::size_t max_steps =
+    16;                              // that are packed at a time, and for which sums stay in tiles
+constexpr std::size_t max_left = 4;  // panels of one item of work, in the L2 cache
+constexpr std::size_t max_right = 48;  // panels that are packed at a time
+constexpr std::size_t min_right = 6;   // panels for which left panels are packed
 
 std::size_t divided(std::size_t count, std::size_t size) { return (count + size - 1) / size; }
 
@@ -205,63 +206,61 @@ TAPCT_AMX void multiply_panels(const std::uint16_t* left, const std::uint16_t* r
   _tile_stored(3, below + tile_rows, sums.end_stride * sizeof(float));
 }
 
-// Some rows of a block of columns of the product, for some steps.
+// Some rows and columns of the product, for some steps.
 struct Item {
   const Matrix& left;
   std::size_t first_row, end_row;
   std::size_t first_step, num_steps;
-  const std::uint16_t* right;  // packed
-  std::size_t num_columns;     // of the block
-  const float* bias;           // of the block, or null
-  float* out;                  // of the block
-  std::size_t stride;          // of out
+  const std::uint16_t* right;  // of the columns, packed
+  std::size_t num_columns;
+  const float* bias;   // of the columns, or null
+  float* out;          // of the columns
+  std::size_t stride;  // of out
 };
 
 template <std::size_t pieces>
 TAPCT_AMX void multiply_item(const Item& item, std::uint16_t* packed) {
+  constexpr std::size_t step_size = pieces * piece_size;
   alignas(64) float edge[panel * panel];
   const TileConfig config;
   _tile_loadconfig(&config);
-  for (std::size_t step = 0; step < item.num_steps; step += max_steps) {
-    const std::size_t steps = std::min(item.num_steps - step, max_steps);
-    const bool is_first = item.first_step + step == 0;
-    pack<pieces, true>(item.left, item.first_row, divided(item.end_row - item.first_row, panel),
-                       (item.first_step + step) * tile_elements, steps, packed);
-    for (std::size_t column = 0; column < item.num_columns; column += panel) {
-      const std::size_t columns = std::min(item.num_columns - column, panel);
-      const auto* right =
-          item.right + (column / panel * item.num_steps + step) * pieces * piece_size;
-      const float* bias = item.bias == nullptr ? nullptr : item.bias + column;
-      for (std::size_t row = item.first_row; row < item.end_row; row += panel) {
-        const std::size_t rows = std::min(item.end_row - row, panel);
-        float* place = item.out + row * item.stride + column;
-        const float* start = is_first ? bias : place;
-        const std::size_t start_stride = is_first ? 0 : item.stride;
-        Sums sums{start, start_stride, place, item.stride};
-        const bool is_whole = rows == panel && columns == panel;
-        if (!is_whole) {
-          if (start != nullptr) {
-            for (std::size_t i = 0; i < rows; ++i) {
-              std::copy_n(start + i * start_stride, columns, edge + i * panel);
-            }
-            sums.start = edge;
-            sums.start_stride = panel;
+  const bool is_first = item.first_step == 0;
+  pack<pieces, true>(item.left, item.first_row, divided(item.end_row - item.first_row, panel),
+                     item.first_step * tile_elements, item.num_steps, packed);
+  for (std::size_t column = 0; column < item.num_columns; column += panel) {
+    const std::size_t columns = std::min(item.num_columns - column, panel);
+    const auto* right = item.right + column / panel * item.num_steps * step_size;
+    const float* bias = item.bias == nullptr ? nullptr : item.bias + column;
+    for (std::size_t row = item.first_row; row < item.end_row; row += panel) {
+      const std::size_t rows = std::min(item.end_row - row, panel);
+      float* place = item.out + row * item.stride + column;
+      const float* start = is_first ? bias : place;
+      const std::size_t start_stride = is_first ? 0 : item.stride;
+      Sums sums{start, start_stride, place, item.stride};
+      const bool is_whole = rows == panel && columns == panel;
+      if (!is_whole) {
+        if (start != nullptr) {
+          for (std::size_t i = 0; i < rows; ++i) {
+            std::copy_n(start + i * start_stride, columns, edge + i * panel);
           }
-          sums.end = edge;
-          sums.end_stride = panel;
+          sums.start = edge;
+          sums.start_stride = panel;
         }
-        multiply_panels<pieces>(
-            packed + (row - item.first_row) / panel * steps * pieces * piece_size, right, steps,
-            sums);
-        for (std::size_t i = 0; !is_whole && i < rows; ++i) {
-          std::copy_n(edge + i * panel, columns, place + i * item.stride);
-        }
+        sums.end = edge;
+        sums.end_stride = panel;
+      }
+      const auto* left = packed + (row - item.first_row) / panel * item.num_steps * step_size;
+      multiply_panels<pieces>(left, right, item.num_steps, sums);
+      for (std::size_t i = 0; !is_whole && i < rows; ++i) {
+        std::copy_n(edge + i * panel, columns, place + i * item.stride);
       }
     }
   }
   _tile_release();
 }
 
+// Items are some rows by the columns that are packed; where rows are few, by parts of these, so
+// that there is work for all threads.
 template <std::size_t pieces>
 void multiply(const Matrix& left, const Matrix& right, const float* bias, float* out,
               std::size_t threads) {
@@ -269,19 +268,21 @@ void multiply(const Matrix& left, const Matrix& right, const float* bias, float*
   const std::size_t num_rows = left.rows, num_columns = right.columns;
   const std::size_t row_panels = divided(num_rows, panel), panels = divided(num_columns, panel);
   const std::size_t num_steps = divided(left.columns, tile_elements);
-  const std::size_t item_rows = std::min(divided(row_panels, 4 * threads), max_left) * panel;
-  const std::size_t num_items = divided(num_rows, item_rows);
-  const std::size_t workers = std::min(threads, num_items);
+  const std::size_t item_rows = std::min(divided(row_panels, threads), max_left) * panel;
+  const std::size_t row_items = divided(num_rows, item_rows);
+  const std::size_t most_parts = std::max<std::size_t>(1, std::min(panels, max_right) / min_right);
+  const std::size_t parts = std::min(divided(4 * threads, row_items), most_parts);
+  const std::size_t num_items = row_items * parts, workers = std::min(threads, num_items);
   const std::size_t left_size = item_rows / panel * std::min(num_steps, max_steps) * step_size;
   const auto packed_left = make_aligned<std::uint16_t>(workers * left_size);
-  const auto packed_right = make_aligned<std::uint16_t>(
-      std::min(panels, max_right) * std::min(num_steps, max_packed) * step_size);
+  const auto packed_right = make_aligned<std::uint16_t>(std::min(panels, max_right) *
+                                                        std::min(num_steps, max_steps) * step_size);
   for (std::size_t first = 0; first < panels; first += max_right) {
-    const std::size_t count = std::min(panels - first, max_right), column = first * panel;
-    for (std::size_t step = 0; step < num_steps; step += max_packed) {
-      const std::size_t steps = std::min(num_steps - step, max_packed);
+    const std::size_t count = std::min(panels - first, max_right), each = divided(count, parts);
+    for (std::size_t step = 0; step < num_steps; step += max_steps) {
+      const std::size_t steps = std::min(num_steps - step, max_steps);
       team_for(divided(count, at_once), threads, [&](std::size_t i) {
-        pack<pieces, false>(right, column + i * at_once * panel,
+        pack<pieces, false>(right, (first + i * at_once) * panel,
                             std::min(count - i * at_once, at_once), step * tile_elements, steps,
                             packed_right.get() + i * at_once * steps * step_size);
       });
@@ -289,9 +290,15 @@ void multiply(const Matrix& left, const Matrix& right, const float* bias, float*
       team_for(workers, workers, [&](std::size_t) {
         std::uint16_t* mine = packed_left.get() + worker++ * left_size;
         for (std::size_t i = next++; i < num_items; i = next++) {
+          const std::size_t row = i / parts * item_rows, from = i % parts * each;
+          if (from >= count) {
+            continue;
+          }
+          const std::size_t column = (first + from) * panel;
           multiply_item<pieces>(
-              {left, i * item_rows, std::min(num_rows, (i + 1) * item_rows), step, steps,
-               packed_right.get(), std::min(num_columns - column, max_right * panel),
+              {left, row, std::min(num_rows, row + item_rows), step, steps,
+               packed_right.get() + from * steps * step_size,
+               std::min(num_columns, (first + std::min(from + each, count)) * panel) - column,
                bias == nullptr ? nullptr : bias + column, out + column, num_columns},
               mine);
         }

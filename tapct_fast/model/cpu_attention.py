@@ -10,6 +10,7 @@ Shape suffixes: N volumes, T tokens, H heads, K head width.
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -80,6 +81,17 @@ def as_array(x: Tensor) -> NDArray[Any]:
     """Return an array over the memory of a tensor; bfloat16 as its bits."""
     x = x.detach()
     array: NDArray[Any] = (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy()
+    return array
+
+
+def read_array(x: Tensor) -> NDArray[Any]:
+    """Return an array to read a tensor by, whose memory stays resizable, as FSDP wants parameters.
+
+    A vector's is contiguous. Not to write: some versions of NumPy make what comes by DLPack
+    read-only.
+    """
+    x = x.detach()
+    array: NDArray[Any] = np.from_dlpack(x.contiguous() if x.ndim == 1 else x)
     return array
 
 

@@ -14,13 +14,12 @@ Source: arXiv:1904.06376.
 
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from tapct_fast import _native
-from tapct_fast.model.cpu_attention import as_array
+from tapct_fast.model.cpu_attention import as_array, read_array
 
 _HAS_AMX = _native.has_amx()
 
@@ -36,13 +35,18 @@ def fits(x_ND: Tensor, weight_ED: Tensor) -> bool:
         and x_ND.dtype == weight_ED.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_exporting()
-        and _is_large(x_ND.shape[:-1].numel(), *weight_ED.shape)
+        and _is_faster(x_ND.shape[:-1].numel(), weight_ED.shape[1], weight_ED.shape[0])
     )
 
 
-def _is_large(rows: int, *others: int) -> bool:
-    """Say whether packing, a pass over either factor, is little beside the products."""
-    return rows >= 1024 and min(others) >= 128
+def _is_faster(rows: int, inner: int, columns: int, *, is_turned: bool = False) -> bool:
+    """Say whether enough products share the packing of the factors, a pass over either.
+
+    A left factor whose columns are contiguous is turned, which more of them must pay for. The
+    limits are measured: see ``bench.matmul``.
+    """
+    left, right = (200, 200) if is_turned else (90, 150)
+    return inner >= 128 and left * rows + right * columns <= rows * columns
 
 
 @torch.library.custom_op("tapct::addmm_amx", mutates_args=())
@@ -51,14 +55,12 @@ def addmm(bias_N: Tensor | None, a_MK: Tensor, b_KN: Tensor) -> Tensor:
 
     By PyTorch where that is faster; the gradients are such products too.
     """
-    # A factor on the left whose columns are contiguous is turned, which more columns must pay for.
-    least = 128 if a_MK.stride(1) == 1 else 384
-    is_faster = _HAS_AMX and _is_large(*a_MK.shape, b_KN.shape[1]) and b_KN.shape[1] >= least
-    if not is_faster:
+    (rows, inner), columns, is_turned = a_MK.shape, b_KN.shape[1], a_MK.stride(1) != 1
+    if not (_HAS_AMX and _is_faster(rows, inner, columns, is_turned=is_turned)):
         return a_MK @ b_KN if bias_N is None else torch.addmm(bias_N, a_MK, b_KN)
-    out_MN = a_MK.new_empty(a_MK.shape[0], b_KN.shape[1])
+    out_MN = a_MK.new_empty(rows, columns)
     _native.matmul_amx(
-        *(_read(a_MK), _read(b_KN), None if bias_N is None else _read(bias_N.contiguous())),
+        *(_matrix(a_MK), _matrix(b_KN), None if bias_N is None else read_array(bias_N)),
         as_array(out_MN),
         pieces=3 if torch.get_float32_matmul_precision() == "highest" else 2,
         num_threads=torch.get_num_threads(),
@@ -101,13 +103,7 @@ def linear(x_ND: Tensor, weight_ED: Tensor, bias_E: Tensor | None) -> Tensor:
     return out_NE.view(*x_ND.shape[:-1], -1)
 
 
-def _read(x: Tensor) -> NDArray[Any]:
-    """Return an array to read a tensor by, whose memory stays resizable, as FSDP wants parameters.
-
-    Not to write: some versions of NumPy make what comes by DLPack read-only.
-    """
-    x = x.detach()
-    if x.ndim == 2 and not (x.is_contiguous() or x.t().is_contiguous()):
-        x = x.contiguous()
-    array: NDArray[Any] = np.from_dlpack(x)
-    return array
+def _matrix(x_MN: Tensor) -> NDArray[Any]:
+    """Return an array to read a matrix by, of which one axis is contiguous."""
+    is_plain = x_MN.is_contiguous() or x_MN.t().is_contiguous()
+    return read_array(x_MN if is_plain else x_MN.contiguous())

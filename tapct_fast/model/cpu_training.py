@@ -12,11 +12,10 @@ Shape suffixes: N samples or rows, T tokens, D width, K J listed samples.
 from typing import Any
 
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from tapct_fast import _native
-from tapct_fast.model.cpu_attention import as_array
+from tapct_fast.model.cpu_attention import as_array, read_array
 from tapct_kernels.residual_norm import provide_cpu
 
 
@@ -26,7 +25,7 @@ def bias_gelu(x_ND: Tensor, bias_D: Tensor) -> Tensor:
     x_ND = x_ND.contiguous()
     out_ND = torch.empty_like(x_ND)
     rows = [as_array(t.flatten(0, -2)) for t in (x_ND, out_ND)]
-    _native.bias_gelu(rows[0], _copied(bias_D), rows[1], torch.get_num_threads())
+    _native.bias_gelu(rows[0], read_array(bias_D), rows[1], torch.get_num_threads())
     return out_ND
 
 
@@ -40,7 +39,7 @@ def _bias_gelu_backward(grad_ND: Tensor, x_ND: Tensor, bias_D: Tensor) -> tuple[
     grad_ND, x_ND = grad_ND.contiguous(), x_ND.contiguous()
     grad_x_ND, grad_bias_D = torch.empty_like(x_ND), bias_D.new_empty(bias_D.shape)
     rows = [as_array(t.flatten(0, -2)) for t in (grad_ND, x_ND, grad_x_ND)]
-    parameters = [_copied(bias_D), as_array(grad_bias_D)]
+    parameters = [read_array(bias_D), as_array(grad_bias_D)]
     _native.bias_gelu_backward(
         *(rows[0], rows[1], parameters[0], rows[2], parameters[1]), torch.get_num_threads()
     )
@@ -69,11 +68,6 @@ def _backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, Tensor]:
 bias_gelu.register_autograd(_backward, setup_context=_save_for_backward)
 
 
-def _copied(x: Tensor) -> NDArray[Any]:
-    """Return a copy of a parameter, whose own memory must stay resizable: FSDP frees it."""
-    return as_array(x.detach().clone())
-
-
 def _residual_norm(*arguments: Any) -> None:
     _native.residual_norm(*_as_arrays(arguments))
 
@@ -83,9 +77,12 @@ def _residual_norm_backward(*arguments: Any) -> None:
 
 
 def _as_arrays(arguments: tuple[Any, ...]) -> list[Any]:
-    """Return the arguments with arrays for tensors, and the number of threads behind them."""
+    """Return the arguments with arrays for tensors, and the number of threads behind them.
+
+    Vectors are parameters and indices, which are only read.
+    """
     arrays = [
-        a if not isinstance(a, Tensor) else _copied(a) if a.ndim == 1 else as_array(a)
+        a if not isinstance(a, Tensor) else (read_array if a.ndim == 1 else as_array)(a)
         for a in arguments
     ]
     return [*arrays, torch.get_num_threads()]

@@ -102,10 +102,13 @@ def judge(
 
 def each_finite(tensors: Sequence[Tensor]) -> Tensor:
     """Return finite_N on the tensors' device: of each of N, whether it is finite throughout."""
-    # The sum of magnitudes is one pass of all in few kernels. It also calls numbers damaged whose
-    # sum overflows, 3e38, which no weight survives. On a CPU core 280 MB take 0.06 s; by the
-    # largest magnitude, which cannot overflow, 0.20 s; by isfinite 0.23 s.
-    return torch.stack(torch._foreach_norm([t.detach() for t in tensors], ord=1)).isfinite()
+    # A sum also calls damaged what overflows on the way, 3e38, which no weight survives. On two CPU
+    # cores 275 MB in 304 tensors take 13 ms by sums, by norms 40 ms, by isfinite longer still; on a
+    # GPU norms of all are few kernels.
+    tensors = [t.detach() for t in tensors]
+    if all(t.device.type == "cpu" for t in tensors):
+        return torch.stack([t.sum() for t in tensors]).isfinite()
+    return torch.stack(torch._foreach_norm(tensors, ord=1)).isfinite()
 
 
 def all_finite(tensors: Iterable[Tensor]) -> Tensor:
