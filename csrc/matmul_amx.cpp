@@ -18,10 +18,9 @@ namespace {
 // sum. Of every step a packed panel holds the pieces, two tiles each, in the order they are read.
 constexpr std::size_t panel = 2 * tile_rows;
 constexpr std::size_t piece_size = 2 * tile_size;
-constexpr std::size_t max_steps =
-    16;                              // that are packed at a time, and for which sums stay in tiles
-constexpr std::size_t max_left = 4;  // panels of one item of work, in the L2 cache
-constexpr std::size_t max_right = 48;  // panels that are packed at a time
+constexpr std::size_t max_steps = 16;  // packed at a time; so long do sums stay in tiles
+constexpr std::size_t max_left = 4;    // panels of one item of work, in the L2 cache
+constexpr std::size_t max_right = 48;  // panels packed at a time
 constexpr std::size_t min_right = 6;   // panels for which left panels are packed
 
 std::size_t divided(std::size_t count, std::size_t size) { return (count + size - 1) / size; }
