@@ -38,9 +38,8 @@ TAPCT_AVX512 inline Block load(const Matrix& matrix, std::size_t row, std::size_
   const auto mask = static_cast<__mmask16>((1U << lanes) - 1);
   Block block;
   for (std::size_t i = 0; i < tile_rows; ++i) {
-    block.rows[i] =
-        i < count ? _mm512_maskz_loadu_ps(mask, matrix.values + (row + i) * matrix.stride + column)
-                  : _mm512_setzero_ps();
+    block.rows[i] = _mm512_maskz_loadu_ps(i < count ? mask : __mmask16{0},
+                                          matrix.values + (row + i) * matrix.stride + column);
   }
   return block;
 }
@@ -72,47 +71,42 @@ TAPCT_AVX512 inline void transpose(Block& block) {
   }
 }
 
-// The bfloat16 nearest to each of 32 values, which keep the rest.
+// A piece of each value of `first` and `second`, in pairs. They keep the rest, but for the last.
+template <bool is_last>
 TAPCT_AVX512 inline __m512i take_piece(__m512& first, __m512& second) {
-  const __m512bh piece = _mm512_cvtne2ps_pbh(second, first);
-  __m512i bits;
-  std::memcpy(&bits, &piece, sizeof(bits));
-  first = _mm512_sub_ps(first, widen(_mm512_castsi512_si256(bits)));
-  second = _mm512_sub_ps(second, widen(_mm512_extracti64x4_epi64(bits, 1)));
-  return bits;
+  const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000U));
+  __m512i a = _mm512_castps_si512(first), b = _mm512_castps_si512(second);
+  if constexpr (!is_last) {
+    a = _mm512_and_si512(_mm512_add_epi32(a, _mm512_set1_epi32(0x8000)), upper);
+    b = _mm512_and_si512(_mm512_add_epi32(b, _mm512_set1_epi32(0x8000)), upper);
+    first = _mm512_sub_ps(first, _mm512_castsi512_ps(a));
+    second = _mm512_sub_ps(second, _mm512_castsi512_ps(b));
+  }
+  return _mm512_ternarylogic_epi32(_mm512_srli_epi32(a, 16), b, upper, 0xf8);  // or (b and upper)
 }
 
-// One step of a panel. A row of a left tile is 32 elements of the sum; row r of a right tile the
-// elements 2r and 2r + 1 of each of 16 columns.
+// One step of a panel. Row r of a left tile holds its elements i and i + 16 in pairs, and row i of
+// a right tile the same two of each of 16 columns.
 template <std::size_t pieces, bool is_left>
 TAPCT_AVX512 void pack_step(const Matrix& matrix, std::size_t outer, std::size_t inner,
                             std::uint16_t* out) {
-  alignas(64) static constexpr std::uint16_t pairs[tile_elements] = {
-      0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-  const __m512i interleave = _mm512_load_si512(pairs);
+  const bool is_inner_first = matrix.is_transposed == is_left;
   for (std::size_t half = 0; half < 2; ++half) {
-    const std::size_t o = outer + half * tile_rows;
     Block blocks[2];
     for (std::size_t i = 0; i < 2; ++i) {
-      const std::size_t k = inner + i * tile_rows;
-      const bool is_inner_first = matrix.is_transposed == is_left;
+      const std::size_t o = outer + half * tile_rows, k = inner + i * tile_rows;
       blocks[i] = is_inner_first ? load(matrix, k, o) : load(matrix, o, k);
       if (matrix.is_transposed) {
         transpose(blocks[i]);
       }
     }
     for (std::size_t row = 0; row < tile_rows; ++row) {
-      const auto& [upper, lower] = blocks;
-      const Block& pair = row < tile_rows / 2 ? upper : lower;
-      __m512 first = is_left ? upper.rows[row] : pair.rows[row * 2 % tile_rows];
-      __m512 second = is_left ? lower.rows[row] : pair.rows[row * 2 % tile_rows + 1];
-      auto* target = out + half * tile_size + row * tile_elements;
-      for (std::size_t piece = 0; piece < pieces; ++piece) {
-        const __m512i bits = take_piece(first, second);
-        _mm512_store_si512(target + piece * piece_size,
-                           is_left ? bits : _mm512_permutexvar_epi16(interleave, bits));
+      __m512 first = blocks[0].rows[row], second = blocks[1].rows[row];
+      std::uint16_t* target = out + half * tile_size + row * tile_elements;
+      for (std::size_t piece = 0; piece + 1 < pieces; ++piece) {
+        _mm512_store_si512(target + piece * piece_size, take_piece<false>(first, second));
       }
+      _mm512_store_si512(target + (pieces - 1) * piece_size, take_piece<true>(first, second));
     }
   }
 }

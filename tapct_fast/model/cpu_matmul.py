@@ -1,7 +1,7 @@
 """Matrix products of float32 on the AMX tiles of a CPU, which multiply bfloat16 and sum in float32.
 
-A number is split into bfloat16 pieces, each the nearest to what the ones before leave. Three hold
-its 24 bits; of their nine products six count beside the last of these:
+A number is split into bfloat16 pieces, each the nearest to what the ones before leave, and the last
+cut off. Three hold its 24 bits; of their nine products six count beside the last of these:
 
     a b = a0 b0 + (a0 b1 + a1 b0) + (a0 b2 + a1 b1 + a2 b0),    a = a0 + a1 + a2
 

@@ -3,6 +3,7 @@
 Shape suffixes: as there.
 """
 
+import itertools
 import math
 from collections.abc import Iterator
 
@@ -86,10 +87,11 @@ def test_numbers_of_24_bits_are_kept_whole() -> None:
 
 @needs_amx
 def test_what_is_not_finite_reaches_its_row_and_no_other() -> None:
-    for value in (math.nan, math.inf):
+    all_bits = torch.tensor([-1], dtype=torch.int32).view(torch.float32).item()  # a NaN: rounded, 0
+    for value, pieces in itertools.product((math.nan, math.inf, all_bits), (3, 2)):
         a_MK, b_KN, _ = factors_of((50, 40, 33))
         a_MK[7, 3] = value
-        out_MN = native(a_MK, b_KN, None, 3, 1)
+        out_MN = native(a_MK, b_KN, None, pieces, 1)
         assert out_MN[7].isnan().all()
         assert out_MN[torch.arange(50) != 7].isfinite().all()
 
