@@ -5,6 +5,8 @@ import sys
 
 import torch
 
+_IS_OLD = torch.__version__ < "2.13"
+
 
 @functools.cache
 def _register() -> None:
@@ -25,5 +27,5 @@ def register_fallbacks() -> None:
     that they were computed from, to log them: six times as long for each block in front of it, and
     behind twelve without end. Nothing is imported where nothing is compiled.
     """
-    if torch.__version__ < "2.13" and "torch._inductor" in sys.modules:
+    if _IS_OLD and "torch._inductor" in sys.modules:
         _register()

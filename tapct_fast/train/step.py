@@ -8,6 +8,7 @@ teacher's encoding, and the student's losses with their gradients. Between them 
 two kernels, and after them clip, AdamW and moving average are a few multi-tensor kernels each.
 """
 
+import ctypes
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
@@ -29,6 +30,7 @@ from tapct_fast.train.guard import Verdict, judge, moments_finite
 from tapct_fast.train.processes import Processes
 
 _EVIDENCE_VIEWS = 4
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
 
 class MicroBatch(NamedTuple):
@@ -123,6 +125,8 @@ def build_engine(
         processes: Those that share a step.
     """
     device = next(method.parameters()).device
+    if device.type == "cpu":
+        _keep_freed_memory()
     blocks: Any = [*method.student.backbone.blocks]  # Any: a ModuleList forgets its type
     for block in blocks:
         block.checkpointing = config.checkpointing
@@ -143,6 +147,18 @@ def build_engine(
             options["mode"] = "reduce-overhead"
         encode, losses = torch.compile(encode, **options), torch.compile(losses, **options)
     return Engine(encode, losses, dtype, processes, waits=device.type == "cpu")
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep what a step frees for the next one, not give it to the system and ask again.
+
+    Pages from the system are cleared, one fault each: 10,000 in a step of ``debug``. What is of 32
+    MB or more, the most that glibc takes for this, still comes from the system.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 2**25)
+        mallopt(_M_TRIM_THRESHOLD, -1)
 
 
 def train_step(

@@ -1,8 +1,10 @@
 """One optimizer step: the mean over micro-batches, the clip, the teacher, and what stops it."""
 
 import copy
+import ctypes
 import dataclasses
 import re
+import resource
 from collections.abc import Callable
 from inspect import signature
 
@@ -225,3 +227,17 @@ def test_a_shared_head_trains_on_both_losses(tiny_config: Config) -> None:
     metrics = do_step(run, random_batches(tiny_config, 1), VALUES)
     assert set(metrics.grad_norms) == {"backbone", "dino_head"}
     assert metrics.losses["ibot"] > 0
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="needs glibc's malloc")
+def test_on_a_cpu_a_step_gets_the_memory_that_the_one_before_freed(tiny_config: Config) -> None:
+    def faults() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        tensors = [torch.ones(2**22) for _ in range(10)]  # 160 MB, 40,960 pages
+        after = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        del tensors
+        return after - before
+
+    engine_of(run_of(tiny_config))
+    counts = [faults() for _ in range(3)]
+    assert counts[-1] < 1000, counts
