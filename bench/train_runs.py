@@ -45,7 +45,13 @@ SOURCES = [
     *(f"tapct_fast/model/{name}.py" for name in ("vit", "block", "attention", "heads")),
     *(
         f"kernels/tapct_kernels/{name}.py"
-        for name in ("attention", "prototype_cross_entropy", "residual_norm", "sinkhorn")
+        for name in (
+            "attention",
+            "operator",
+            "prototype_cross_entropy",
+            "residual_norm",
+            "sinkhorn",
+        )
     ),
 ]
 OURS, E, D = "tapct train_step", "E, eager", "D, dinov3"

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tapct_kernels.operator import operator
 from tapct_kernels.tuning import Config, config_for
 
 # Several rows per program keep several 16-byte loads in flight.
@@ -180,7 +181,7 @@ def _backward_triton(
     return grad_x_NTD, weight_SD.sum(0), bias_SD.sum(0)
 
 
-@torch.library.custom_op("tapct::masked_gather", mutates_args=())
+@operator("tapct::masked_gather")
 def masked_gather(
     x_NTD: Tensor, index_M: Tensor, weight_D: Tensor | None, bias_D: Tensor | None,
     num_prefix: int, eps: float,
@@ -239,7 +240,7 @@ def _backward_ref(
     return grad_x_NTD, (grad_MD * normed_MD).sum(0), grad_MD.sum(0)
 
 
-@torch.library.custom_op("tapct::masked_gather_backward", mutates_args=())
+@operator("tapct::masked_gather_backward")
 def masked_gather_backward(
     grad_MD: Tensor, x_NTD: Tensor, index_M: Tensor, weight_D: Tensor | None, num_prefix: int,
     eps: float,

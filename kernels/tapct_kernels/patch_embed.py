@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tapct_kernels.operator import operator
 from tapct_kernels.tuning import Config, config_for
 
 # 128 x 128 takes 8 warps: 4 spill at this size.
@@ -342,7 +343,7 @@ def _backward_triton(
     return weight_SDK.sum(0), kept_SD.sum(0), masked_SD.sum(0), rows_TD
 
 
-@torch.library.custom_op("tapct::patch_embed", mutates_args=())
+@operator("tapct::patch_embed")
 def patch_embed(
     x_BZYX: Tensor,
     weight_DK: Tensor,
@@ -420,7 +421,7 @@ def _backward_ref(
     return grad_weight_DK, grad_ND.sum(0), grad_mask_token_D, grad_BTD.sum(0)
 
 
-@torch.library.custom_op("tapct::patch_embed_backward", mutates_args=())
+@operator("tapct::patch_embed_backward")
 def patch_embed_backward(
     grad_BTD: Tensor,
     x_BZYX: Tensor,

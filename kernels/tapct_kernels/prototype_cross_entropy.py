@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tapct_kernels.operator import Operator
 from tapct_kernels.soft_targets import SoftTargets
 from tapct_kernels.tuning import Config, config_for
 
@@ -475,11 +476,9 @@ def _backward_tiled(
     return grad_x_SK.to(features_SK.dtype), grad_w_PK
 
 
-_op = torch.library.custom_op("tapct::prototype_cross_entropy", _forward_tiled, mutates_args=())
+_op = Operator("tapct::prototype_cross_entropy", _forward_tiled)
 _op.register_kernel("cuda")(_forward_triton)
-_backward_op = torch.library.custom_op(
-    "tapct::prototype_cross_entropy_backward", _backward_tiled, mutates_args=()
-)
+_backward_op = Operator("tapct::prototype_cross_entropy_backward", _backward_tiled)
 _backward_op.register_kernel("cuda")(_backward_triton)
 
 

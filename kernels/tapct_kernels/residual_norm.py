@@ -27,6 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tapct_kernels.operator import operator
 from tapct_kernels.tuning import Config, config_for
 
 # Several tokens per program keep 16-byte loads in flight; one warp per token needs no barrier.
@@ -355,7 +356,7 @@ def _backward_cpu(
     return grad_x_NTD, grad_branch_KTD, grads_3D
 
 
-@torch.library.custom_op("tapct::residual_norm", mutates_args=())
+@operator("tapct::residual_norm")
 def _op(
     x_NTD: Tensor, branch_KTD: Tensor | None, gamma_D: Tensor | None, weight_D: Tensor | None,
     bias_D: Tensor | None, index_K: Tensor | None, next_index_J: Tensor | None,
@@ -430,7 +431,7 @@ def _backward_ref(
     return grad_x_NTD, grad_KTD.to(branch_KTD.dtype, memory_format=compact), grads_3D
 
 
-@torch.library.custom_op("tapct::residual_norm_backward", mutates_args=())
+@operator("tapct::residual_norm_backward")
 def _backward_op(
     grad_out_NTD: Tensor, grad_normed_JTD: Tensor, read_NTD: Tensor, branch_KTD: Tensor | None,
     gamma_D: Tensor | None, weight_D: Tensor | None, index_K: Tensor | None,

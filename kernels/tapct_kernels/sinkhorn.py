@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tapct_kernels.operator import operator
 from tapct_kernels.soft_targets import Logits, SoftTargets
 from tapct_kernels.tuning import Config, config_for
 
@@ -257,7 +258,7 @@ def _row_triton(logits_NP: Tensor, prototype_P: Tensor | None, temp: Tensor) -> 
     return lse_N
 
 
-@torch.library.custom_op("tapct::prototype_logsumexp", mutates_args=())
+@operator("tapct::prototype_logsumexp")
 def prototype_logsumexp(logits_NP: Tensor, row_N: Tensor | None, temp: Tensor) -> Tensor:
     """Return log sum_n exp(logits[n, p] / temp + row[n]); Triton on CUDA, in chunks elsewhere.
 
@@ -285,7 +286,7 @@ def _(logits_NP: Tensor, row_N: Tensor | None, temp: Tensor) -> Tensor:
     return logits_NP.new_empty(logits_NP.shape[1], dtype=temp.dtype)
 
 
-@torch.library.custom_op("tapct::row_logsumexp", mutates_args=())
+@operator("tapct::row_logsumexp")
 def row_logsumexp(logits_NP: Tensor, prototype_P: Tensor | None, temp: Tensor) -> Tensor:
     """Return log sum_p exp(logits[n, p] / temp + prototype[p]); Triton on CUDA, else in chunks.
 

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from tapct_fast import _native
 from tapct_kernels.attention import provide
+from tapct_kernels.operator import operator
 
 
-@torch.library.custom_op("tapct::attention_cpu", mutates_args=())
+@operator("tapct::attention_cpu")
 def _attention(qkv_NT3HK: Tensor) -> tuple[Tensor, Tensor]:
     """Return out_NTHK and the level_NHT that the backward needs."""
     qkv_NT3HK = qkv_NT3HK.contiguous()
@@ -37,7 +38,7 @@ def _outputs(qkv_NT3HK: Tensor) -> tuple[Tensor, Tensor]:
     return qkv_NT3HK.new_empty(volumes, tokens, heads, width), level_NHT
 
 
-@torch.library.custom_op("tapct::attention_cpu_backward", mutates_args=())
+@operator("tapct::attention_cpu_backward")
 def _attention_backward(
     grad_out_NTHK: Tensor, qkv_NT3HK: Tensor, out_NTHK: Tensor, level_NHT: Tensor
 ) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from tapct_fast import _native
 from tapct_fast.model.cpu_attention import as_array, read_array
+from tapct_kernels.operator import operator
 
 _HAS_AMX = _native.has_amx()
 
@@ -49,7 +50,7 @@ def _is_faster(rows: int, inner: int, columns: int, *, is_turned: bool = False) 
     return inner >= 128 and left * rows + right * columns <= rows * columns
 
 
-@torch.library.custom_op("tapct::addmm_amx", mutates_args=())
+@operator("tapct::addmm_amx")
 def addmm(bias_N: Tensor | None, a_MK: Tensor, b_KN: Tensor) -> Tensor:
     """Return ``bias + a b`` for float32 matrices on the CPU of any strides.
 

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from tapct_fast import _native
 from tapct_fast.model.cpu_attention import as_array, read_array
+from tapct_kernels.operator import operator
 from tapct_kernels.residual_norm import provide_cpu
 
 
-@torch.library.custom_op("tapct::bias_gelu", mutates_args=())
+@operator("tapct::bias_gelu")
 def bias_gelu(x_ND: Tensor, bias_D: Tensor) -> Tensor:
     """Return the exact GELU of ``x + bias``, float32 on the CPU of any leading shape."""
     x_ND = x_ND.contiguous()
@@ -34,7 +35,7 @@ def _(x_ND: Tensor, _bias_D: Tensor) -> Tensor:
     return torch.empty_like(x_ND, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("tapct::bias_gelu_backward", mutates_args=())
+@operator("tapct::bias_gelu_backward")
 def _bias_gelu_backward(grad_ND: Tensor, x_ND: Tensor, bias_D: Tensor) -> tuple[Tensor, Tensor]:
     grad_ND, x_ND = grad_ND.contiguous(), x_ND.contiguous()
     grad_x_ND, grad_bias_D = torch.empty_like(x_ND), bias_D.new_empty(bias_D.shape)

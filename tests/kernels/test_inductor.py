@@ -4,8 +4,9 @@ import subprocess
 import sys
 
 CODE = """
-import torch, tapct_kernels, torch._inductor
+import torch, torch._inductor
 torch.__version__ = torch.torch_version.TorchVersion("2.11.0")
+import tapct_kernels
 torch.compile(tapct_kernels.attention, backend="eager", fullgraph=True)(torch.ones(1, 2, 3, 1, 64))
 from torch._inductor.lowering import lowerings, maybe_layout_constraints
 for name in ("masked_gather", "patch_embed_backward", "residual_norm", "prototype_cross_entropy"):

@@ -104,7 +104,7 @@ def test_without_a_norm_rows_and_gradients_are_copied(
     x_NTD.requires_grad_()
     masked_gather(*arguments).backward(grad_MD)
     assert torch.equal(x_NTD.grad, scattered)
-    torch.library.opcheck(masked_gather, arguments)
+    torch.library.opcheck(masked_gather.op, arguments)
 
 
 def test_gradients_match_finite_differences_in_float64() -> None:
@@ -133,7 +133,7 @@ def test_op_passes_opcheck(layout: str) -> None:
         inputs[0] = inputs[0][:1].expand(3, -1, -1)
     for i in (0, 2, 3):
         inputs[i] = inputs[i].detach().requires_grad_()
-    torch.library.opcheck(masked_gather, tuple(inputs))
+    torch.library.opcheck(masked_gather.op, tuple(inputs))
 
 
 def test_op_compiles_to_one_graph_with_equal_gradients() -> None:

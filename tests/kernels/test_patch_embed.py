@@ -171,7 +171,7 @@ def test_op_passes_opcheck(layout: str) -> None:
         inputs[3] = inputs[3][:1].expand(4, -1).contiguous()
     for i in (1, 2, 3, 4, 6):
         inputs[i].requires_grad_()
-    torch.library.opcheck(patch_embed, tuple(inputs))
+    torch.library.opcheck(patch_embed.op, tuple(inputs))
 
 
 def test_non_contiguous_tensors_give_the_same_tokens_in_the_kernel() -> None:

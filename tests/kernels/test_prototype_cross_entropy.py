@@ -282,10 +282,10 @@ def test_op_passes_opcheck(layout: str, is_product: bool) -> None:
         inputs = [t[:1].expand(t.shape) if m else t for t, m in zip(inputs, is_matrix, strict=True)]
     for i in (0, 1):
         inputs[i] = inputs[i].detach().requires_grad_()
-    torch.library.opcheck(module._op, (*inputs, TEMP))
+    torch.library.opcheck(module._op.op, (*inputs, TEMP))
     grads = [torch.ones(1, device=DEVICE).expand(6), torch.ones(6, device=DEVICE)]
     detached = [None if t is None else t.detach() for t in inputs]
-    torch.library.opcheck(module._backward_op, (*grads, *detached, TEMP))
+    torch.library.opcheck(module._backward_op.op, (*grads, *detached, TEMP))
 
 
 def test_op_compiles_to_one_graph_with_equal_gradients() -> None:

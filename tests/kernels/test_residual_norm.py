@@ -182,7 +182,7 @@ def test_op_passes_opcheck(form: str, layout: str) -> None:
         elif inputs[i] is not None and layout == "stride 0":
             inputs[i] = inputs[i][:1].expand_as(inputs[i])
     inputs[:5] = [None if t is None else t.detach().requires_grad_() for t in inputs[:5]]
-    torch.library.opcheck(_op, tuple(inputs))
+    torch.library.opcheck(_op.op, tuple(inputs))
 
 
 @pytest.mark.parametrize("layout", ["transposed", "stride 0"])

@@ -215,8 +215,8 @@ def test_ops_pass_opcheck(axis: int, layout: str) -> None:
         logits_NP, factor = sample(9, 6).t(), draw_factor(2 * len(factor))[::2]
     elif layout == "stride 0":
         logits_NP, factor = logits_NP[:1].expand(6, -1), factor[:1].expand(len(factor))
-    torch.library.opcheck(OPS[axis], (logits_NP, factor, torch.tensor(0.05)))
-    torch.library.opcheck(OPS[axis], (logits_NP, None, torch.tensor(0.05)))
+    torch.library.opcheck(OPS[axis].op, (logits_NP, factor, torch.tensor(0.05)))
+    torch.library.opcheck(OPS[axis].op, (logits_NP, None, torch.tensor(0.05)))
 
 
 def test_sinkhorn_compiles_to_one_graph_for_every_temperature() -> None:

@@ -190,11 +190,11 @@ def test_a_wrong_kernel_is_passed_over(dtype: torch.dtype) -> None:
 
 @every_dtype
 def test_the_operator_keeps_what_it_tells_a_compiler(dtype: torch.dtype) -> None:
-    torch.library.opcheck(_attention, (qkv_of(2, 37, 2, dtype=dtype),))
+    torch.library.opcheck(_attention.op, (qkv_of(2, 37, 2, dtype=dtype),))
     # opcheck itself cannot compare gradients where an output has none.
     kept = ("test_schema", "test_autograd_registration", "test_faketensor")
     qkv = qkv_of(2, 37, 2, dtype=dtype).requires_grad_()
-    torch.library.opcheck(_attention, (qkv,), test_utils=kept)
+    torch.library.opcheck(_attention.op, (qkv,), test_utils=kept)
     compiled = torch.compile(attention_cpu, fullgraph=True, backend="aot_eager")
     assert torch.equal(gradient(compiled, qkv), gradient(attention_cpu, qkv))
 

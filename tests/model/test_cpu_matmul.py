@@ -166,7 +166,7 @@ def test_the_operator_keeps_what_it_tells_a_compiler_and_no_export_holds_it() ->
     for a_MK in (torch.randn(1030, 130), torch.randn(130, 1030).t()):
         # Small: a compiler hands on other strides, for which the sums have another order.
         inputs = (torch.randn(400), a_MK * 0.1, torch.randn(400, 130).t() * 0.1)
-        torch.library.opcheck(addmm, tuple(i.requires_grad_() for i in inputs))
+        torch.library.opcheck(addmm.op, tuple(i.requires_grad_() for i in inputs))
     mlp, x_NTD = Mlp(128, 512), torch.randn(8, 150, 128)
     compiled = torch.compile(mlp, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x_NTD), mlp(x_NTD))

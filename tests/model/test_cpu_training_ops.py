@@ -338,12 +338,14 @@ def test_an_index_beyond_the_samples_is_an_error() -> None:
 
 def test_the_operators_keep_what_they_tell_a_compiler() -> None:
     x_NTD, bias_D = torch.randn(2, 5, 24), torch.randn(24)
-    torch.library.opcheck(bias_gelu, (x_NTD.requires_grad_(), bias_D.requires_grad_()))
-    torch.library.opcheck(bias_gelu, (x_NTD.detach().mT.contiguous().mT.requires_grad_(), bias_D))
+    torch.library.opcheck(bias_gelu.op, (x_NTD.requires_grad_(), bias_D.requires_grad_()))
+    torch.library.opcheck(
+        bias_gelu.op, (x_NTD.detach().mT.contiguous().mT.requires_grad_(), bias_D)
+    )
     for form in FORMS[:6]:
         inputs = sample(form, 24)
         leaves = [i.requires_grad_() if torch.is_tensor(i) else i for i in inputs[:5]]
-        torch.library.opcheck(op._op, (*leaves, *inputs[5:]))
+        torch.library.opcheck(op._op.op, (*leaves, *inputs[5:]))
 
 
 class Doubled(nn.Linear):
