@@ -100,7 +100,7 @@ def test_names_of_arguments_and_missing_gradients_are_the_operators_business(
         out_N.sum().backward()
 
 
-def test_modes_other_devices_and_subclasses_see_the_operator() -> None:
+def test_modes_other_devices_and_subclasses_see_the_operator(dispatched: list[str]) -> None:
     met = []
 
     class Watch(TorchDispatchMode):
@@ -118,6 +118,7 @@ def test_modes_other_devices_and_subclasses_see_the_operator() -> None:
     assert isinstance(fake_N, FakeTensor)
     assert isinstance(scaled_square(mode.from_tensor(sample()), 3.0), FakeTensor)
     assert scaled_square(sample(device="meta"), 3.0).is_meta
+    assert dispatched == ["scaled_square"] * 4
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated")
